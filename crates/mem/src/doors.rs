@@ -1,0 +1,437 @@
+//! The four doors between foreign memory and everything else.
+//!
+//! | door | gives | may be used for |
+//! |---|---|---|
+//! | [`stabilize`] | [`StableBuf`] with guards and parity | anything |
+//! | [`promise`] (needs a [`Grant`]) | [`PromisedBuf`]: raw loads, never `&[u8]` | guards, parity, members |
+//! | [`verify_in_place`] | a [`Verdict`] only | answering a lazy read; never cache, repair, read-modify-write or a member's health |
+//! | [`copy_out`] | nothing | writing verified stable bytes into foreign memory |
+//!
+//! DOOR-1: [`stabilize`] loads each foreign byte once and in the same pass
+//! copies it, sums it and folds it into parity, so that the copy, its guards
+//! and its parity always fit each other, whatever the owner does meanwhile.
+//!
+//! DOOR-2: every naturally aligned 8-byte word of the source that lies inside
+//! one segment is loaded whole: what is stored is a word that somebody wrote.
+//!
+//! A source that vanishes in the middle (the file behind it was truncated)
+//! gives a [`Fault`]; buffers taken so far go back to their pool.
+
+use smallvec::SmallVec;
+use stableio_onepass as onepass;
+use stableio_onepass::Parity;
+
+use crate::error::Fault;
+use crate::foreign::{ForeignBuf, KeepAlive, Segment, Segments};
+use crate::pool::{PoolBuf, Reservation};
+use crate::rows::{ParitySpan, RowShape, Run, whole_blocks};
+use crate::sg::SgList;
+use crate::stable::StableBuf;
+use crate::units::BLOCK;
+
+/// What a pass over the data of a write computes along the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pass {
+    /// A guard of every whole block.
+    pub guards: bool,
+    /// Parity of every full row; needs `guards`.
+    pub rows: Option<RowShape>,
+}
+
+/// What a pass computed. It travels with the request: whoever stores the data
+/// stores these, and nobody computes them again from elsewhere.
+#[derive(Debug, Default)]
+pub struct Sums {
+    /// Number of the first whole block on the device.
+    pub first_block: u64,
+    /// Guards of the whole blocks, in order.
+    pub guards: SmallVec<[u64; 4]>,
+    /// Parity blocks of the full rows, placed by `spans`.
+    pub parity: Option<StableBuf>,
+    /// Where each stripe's full rows lie in `parity`.
+    pub spans: Vec<ParitySpan>,
+}
+
+impl Pass {
+    /// Bytes of parity that a write of `len` bytes at `at` produces: what to
+    /// reserve beside the payload.
+    pub fn parity_bytes(&self, at: u64, len: usize) -> usize {
+        self.rows.map_or(0, |rows| rows.parity_spans(at, len).1)
+    }
+
+    /// Bytes that a copy of the payload takes, padding included.
+    pub fn payload_bytes(at: u64, len: usize) -> usize {
+        ((at % BLOCK as u64) as usize + len).next_multiple_of(BLOCK)
+    }
+}
+
+/// Copies a foreign buffer into stable memory, with guards and parity, in one
+/// pass (DOOR-1). `at` is the device offset that the first byte goes to: the
+/// copy lies at the same offset inside its first block, padded with zeros.
+///
+/// Takes [`Pass::payload_bytes`] and [`Pass::parity_bytes`] of `memory`. The
+/// handle is consumed; the program may reuse its memory at once.
+///
+/// # Errors
+///
+/// [`Fault`] when the memory vanished; nothing stays allocated.
+pub fn stabilize(buf: ForeignBuf, at: u64, pass: Pass, memory: &mut Reservation) -> Result<(StableBuf, Sums), Fault> {
+    let len = buf.len();
+    let lead = (at % BLOCK as u64) as usize;
+    let mut copy = memory.take(lead + len);
+    copy.zero_outside(lead..lead + len);
+    let (segments, _, _keep) = buf.into_parts();
+    let mut source = Cursor::new(&segments);
+
+    let whole = whole_blocks(at, len);
+    let head = if whole.is_empty() { len } else { (whole.start * BLOCK as u64 - at) as usize };
+    source.copy_to(&mut copy, lead, head)?;
+    let sums = if pass.guards {
+        sum_blocks(at, len, pass, memory, |step, guards| {
+            let (dst, room) = copy.at(lead + step.offset);
+            let blocks = step.blocks.min(room / BLOCK);
+            let direct = blocks.min(source.contiguous() / BLOCK);
+            if direct > 0 {
+                let src = source.take(direct * BLOCK);
+                // SAFETY: `src` is a foreign range kept alive by `_keep`;
+                // `dst` has room for `direct` blocks and is ours alone; the
+                // parity pointer has room for `step.blocks` (see `Step`).
+                unsafe { onepass::stabilize_blocks(src, dst, &mut guards[..direct], step.parity)? };
+                return Ok(direct);
+            }
+            // The block is pieced together from several segments: each byte
+            // is still loaded once; the sums are taken of the copy.
+            source.copy_to(&mut copy, lead + step.offset, BLOCK)?;
+            // SAFETY: `copy_to` just filled these bytes, contiguous as one
+            // block never crosses an extent; nobody else writes to them.
+            let block = unsafe { std::slice::from_raw_parts(dst, BLOCK) };
+            // SAFETY: the parity pointer has room for a block (see `Step`).
+            unsafe { onepass::stable_blocks(block, &mut guards[..1], step.parity) };
+            Ok(1)
+        })?
+    } else {
+        source.copy_to(&mut copy, lead + head, whole.count() * BLOCK)?;
+        Sums::default()
+    };
+    let done = lead + len - source.left();
+    source.copy_to(&mut copy, done, lead + len - done)?;
+    Ok((copy.freeze().slice(lead..lead + len), sums))
+}
+
+/// Guards and parity of memory that is stable already; nothing is copied.
+/// `data` must be congruent to `at` (see [`StableBuf::is_congruent`]).
+///
+/// Takes [`Pass::parity_bytes`] of `memory`.
+pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reservation) -> Sums {
+    if !pass.guards {
+        return Sums::default();
+    }
+    let sums = sum_blocks(at, data.len(), pass, memory, |step, guards| {
+        let piece = data.slice(step.offset..step.offset + step.blocks * BLOCK);
+        let first = piece.pieces().next().expect("at least a block");
+        let blocks = first.len() / BLOCK;
+        // SAFETY: the parity pointer has room for `step.blocks` (see `Step`).
+        unsafe { onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parity) };
+        Ok(blocks)
+    });
+    sums.expect("stable memory does not fault")
+}
+
+/// The right to take an issuer's word that its memory stays unchanged.
+///
+/// Without it a lie could damage data that is not the issuer's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grant(());
+
+impl Grant {
+    /// The administrator said so, in the configuration of this export or in
+    /// the program that embeds the library.
+    pub fn by_administrator() -> Self {
+        Grant(())
+    }
+
+    /// Nobody but the issuer can be hurt: the device below has no redundancy
+    /// and shares nothing.
+    pub fn only_own_data() -> Self {
+        Grant(())
+    }
+}
+
+/// Foreign memory whose owner promised not to change it until the request is
+/// done. It may be loaded more than once, by raw loads: a broken promise gives
+/// wrong sums, never undefined behaviour.
+#[derive(Debug)]
+pub struct PromisedBuf {
+    segments: Segments,
+    len: usize,
+    keep: KeepAlive,
+}
+
+/// Takes the owner's word; see [`Grant`]. The handle is consumed.
+pub fn promise(buf: ForeignBuf, _grant: Grant) -> PromisedBuf {
+    let (segments, len, keep) = buf.into_parts();
+    PromisedBuf { segments, len, keep }
+}
+
+impl PromisedBuf {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// A part of the promised bytes as a source for the kernel.
+    pub fn source(&self, from: usize, len: usize) -> SgList {
+        assert!(from + len <= self.len, "{from}+{len} of {} bytes", self.len);
+        SgList::of(crate::foreign::clip(&self.segments, from, len), self.keep.clone())
+    }
+
+    /// Guards and parity of the promised bytes, in place.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault`] when the memory vanished.
+    pub fn sums(&self, at: u64, pass: Pass, memory: &mut Reservation) -> Result<Sums, Fault> {
+        if !pass.guards {
+            return Ok(Sums::default());
+        }
+        let mut source = Cursor::new(&self.segments);
+        source.skip((at.next_multiple_of(BLOCK as u64) - at).min(self.len as u64) as usize);
+        sum_blocks(at, self.len, pass, memory, |step, guards| source.sample(step.blocks, guards, step.parity))
+    }
+
+    /// XORs the promised blocks that begin at byte `from` into whole blocks
+    /// of `parity` beginning at byte `to`.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault`] when the memory vanished.
+    pub fn xor_into(&self, from: usize, blocks: usize, parity: &mut PoolBuf, to: usize) -> Result<(), Fault> {
+        let mut source = Cursor::new(&self.segments);
+        source.skip(from);
+        let mut done = 0;
+        while done < blocks {
+            let (dst, room) = parity.at(to + done * BLOCK);
+            let count = (blocks - done).min(room / BLOCK);
+            let mut guards: SmallVec<[u64; 16]> = SmallVec::from_elem(0, count);
+            done += source.sample(count, &mut guards, Parity::Xor(dst))?;
+        }
+        Ok(())
+    }
+}
+
+/// The answer of [`verify_in_place`]: which blocks did not match. It holds no
+/// bytes, so it can feed neither a cache nor a repair, and a mismatch says
+/// nothing about any member: the owner may have changed its memory.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    mismatches: SmallVec<[u32; 4]>,
+}
+
+impl Verdict {
+    /// Whether every block matched.
+    pub fn is_good(&self) -> bool {
+        self.mismatches.is_empty()
+    }
+
+    /// Indices of the blocks that did not match, ascending.
+    pub fn mismatches(&self) -> &[u32] {
+        &self.mismatches
+    }
+}
+
+/// Compares the blocks of a foreign buffer that begin at byte `from` with the
+/// guards that they should have, one each, where they lie.
+///
+/// # Errors
+///
+/// [`Fault`] when the memory vanished.
+pub fn verify_in_place(buf: &ForeignBuf, from: usize, expected: &[u64]) -> Result<Verdict, Fault> {
+    let segments: Segments = buf.range(from, expected.len() * BLOCK).collect();
+    let mut source = Cursor::new(&segments);
+    let mut found: SmallVec<[u64; 64]> = SmallVec::from_elem(0, expected.len());
+    let mut done = 0;
+    while done < expected.len() {
+        done += source.sample(expected.len() - done, &mut found[done..], Parity::None)?;
+    }
+    let pairs = found.iter().zip(expected).enumerate();
+    Ok(Verdict { mismatches: pairs.filter(|(_, (f, e))| f != e).map(|(i, _)| i as u32).collect() })
+}
+
+/// Writes stable bytes into a foreign buffer from its byte `to` on.
+///
+/// # Errors
+///
+/// [`Fault`] when the memory vanished.
+///
+/// # Panics
+///
+/// When they do not fit.
+pub fn copy_out(from: &StableBuf, buf: &ForeignBuf, to: usize) -> Result<(), Fault> {
+    assert!(to + from.len() <= buf.len(), "{to}+{} of {} bytes", from.len(), buf.len());
+    let mut segments = buf.range(to, from.len());
+    let mut target = Segment { addr: 0, len: 0 };
+    for mut piece in from.pieces() {
+        while !piece.is_empty() {
+            if target.len == 0 {
+                target = segments.next().expect("as long as the source");
+            }
+            let (now, later) = piece.split_at(piece.len().min(target.len));
+            // SAFETY: `now` is ours; the target range is a foreign one kept
+            // alive by `buf`, and writing to it is what the owner asked for.
+            unsafe { onepass::copy_out(now.as_ptr(), target.addr as *mut u8, now.len())? };
+            target = Segment { addr: target.addr + now.len(), len: target.len - now.len() };
+            piece = later;
+        }
+    }
+    Ok(())
+}
+
+/// Writes zeros into a foreign buffer: what an unwritten block reads as.
+///
+/// # Errors
+///
+/// [`Fault`] when the memory vanished.
+pub fn zero_out(buf: &ForeignBuf, to: usize, len: usize) -> Result<(), Fault> {
+    assert!(to + len <= buf.len(), "{to}+{len} of {} bytes", buf.len());
+    for segment in buf.range(to, len) {
+        // SAFETY: as in `copy_out`.
+        unsafe { onepass::zero_out(segment.addr as *mut u8, segment.len)? };
+    }
+    Ok(())
+}
+
+/// Part of a pass: up to `blocks` blocks from byte `offset` of the payload.
+/// `parity` has room for all of them.
+struct Step {
+    offset: usize,
+    blocks: usize,
+    parity: Parity,
+}
+
+/// Walks the whole blocks of `at..at + len` in the order of the data, gives
+/// each step the place of its parity, and gathers guards. `each` says how
+/// many blocks it did.
+fn sum_blocks(
+    at: u64,
+    len: usize,
+    pass: Pass,
+    memory: &mut Reservation,
+    mut each: impl FnMut(Step, &mut [u64]) -> Result<usize, Fault>,
+) -> Result<Sums, Fault> {
+    let whole = whole_blocks(at, len);
+    let (spans, parity_bytes) = pass.rows.map_or((Vec::new(), 0), |rows| rows.parity_spans(at, len));
+    let mut parity = (parity_bytes > 0).then(|| memory.take(parity_bytes));
+    let mut guards: SmallVec<[u64; 4]> = SmallVec::from_elem(0, whole.clone().count());
+    let mut result = Ok(());
+    let mut one_run = |run: Run| {
+        let mut done = 0;
+        while done < run.count && result.is_ok() {
+            let mut blocks = run.count - done;
+            let place = match (run.parity, &mut parity) {
+                (Some((start, first)), Some(parity)) => {
+                    let (ptr, room) = parity.at(start + done * BLOCK);
+                    blocks = blocks.min(room / BLOCK);
+                    if first { Parity::Set(ptr) } else { Parity::Xor(ptr) }
+                }
+                _ => Parity::None,
+            };
+            let block = run.block + done as u64;
+            let offset = (block * BLOCK as u64 - at) as usize;
+            let into = &mut guards[(block - whole.start) as usize..][..blocks];
+            match each(Step { offset, blocks, parity: place }, into) {
+                Ok(count) => done += count,
+                Err(fault) => result = Err(fault),
+            }
+        }
+    };
+    match pass.rows {
+        Some(rows) => rows.runs(at, len, &spans, one_run),
+        None => one_run(Run { block: whole.start, count: whole.clone().count(), parity: None }),
+    }
+    result?;
+    Ok(Sums { first_block: whole.start, guards, parity: parity.map(PoolBuf::freeze), spans })
+}
+
+/// Where the next byte of a foreign buffer is to be loaded. It only moves
+/// forward: that is MEM-1 for whoever loads through it.
+struct Cursor<'a> {
+    segments: &'a [Segment],
+    offset: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(segments: &'a [Segment]) -> Self {
+        Self { segments, offset: 0 }
+    }
+
+    /// Bytes up to the end of the current segment.
+    fn contiguous(&self) -> usize {
+        self.segments.first().map_or(0, |s| s.len - self.offset)
+    }
+
+    fn left(&self) -> usize {
+        self.segments.iter().map(|s| s.len).sum::<usize>() - self.offset
+    }
+
+    /// The address of the next `len` bytes of the current segment.
+    fn take(&mut self, len: usize) -> *const u8 {
+        let segment = self.segments[0];
+        assert!(self.offset + len <= segment.len, "inside a segment");
+        let addr = segment.addr + self.offset;
+        self.offset += len;
+        if self.offset == segment.len {
+            (self.segments, self.offset) = (&self.segments[1..], 0);
+        }
+        addr as *const u8
+    }
+
+    fn skip(&mut self, mut len: usize) {
+        while len > 0 {
+            let now = len.min(self.contiguous());
+            self.take(now);
+            len -= now;
+        }
+    }
+
+    /// Loads the next `len` bytes into `dst` from byte `to` on.
+    fn copy_to(&mut self, dst: &mut PoolBuf, mut to: usize, mut len: usize) -> Result<(), Fault> {
+        while len > 0 {
+            let (ptr, room) = dst.at(to);
+            let now = len.min(room).min(self.contiguous());
+            // SAFETY: `take` gives a foreign range that the buffer's
+            // keep-alive holds; `ptr` has room for `now` bytes of ours.
+            unsafe { onepass::copy_in(self.take(now), ptr, now)? };
+            to += now;
+            len -= now;
+        }
+        Ok(())
+    }
+
+    /// Guards and parity of up to `blocks` next blocks without keeping them;
+    /// at least one. Says how many.
+    fn sample(&mut self, blocks: usize, guards: &mut [u64], parity: Parity) -> Result<usize, Fault> {
+        let direct = blocks.min(self.contiguous() / BLOCK);
+        if direct > 0 {
+            // SAFETY: a foreign range that the buffer's keep-alive holds; the
+            // caller's parity pointer has room for `blocks`.
+            unsafe { onepass::sample_blocks(self.take(direct * BLOCK), &mut guards[..direct], parity)? };
+            return Ok(direct);
+        }
+        let mut block = [0u8; BLOCK];
+        let mut done = 0;
+        while done < BLOCK {
+            let now = (BLOCK - done).min(self.contiguous());
+            // SAFETY: a foreign range as above; the target is on our stack.
+            unsafe { onepass::copy_in(self.take(now), block.as_mut_ptr().add(done), now)? };
+            done += now;
+        }
+        // SAFETY: the caller's parity pointer has room for a block.
+        unsafe { onepass::stable_blocks(&block, &mut guards[..1], parity) };
+        Ok(1)
+    }
+}

@@ -1,0 +1,198 @@
+//! How the blocks of a request fall into rows, as far as a pass over the
+//! data must know: which blocks share a parity block, and where it goes.
+//!
+//! ```text
+//! stripe of 3 data columns, chunk of 4 blocks; blocks in the order of the data:
+//!
+//!            column 0   column 1   column 2   parity
+//!   row 0       0          4          8       0^4^8
+//!   row 1       1          5          9       1^5^9
+//!   row 2       2          6         10       2^6^10
+//!   row 3       3          7         11       3^7^11
+//! ```
+//!
+//! A request for the blocks 1 to 10 covers the rows 1 and 2 wholly: their
+//! parity follows from the request alone, in the pass that copies it.
+
+use std::ops::Range;
+
+use crate::units::BLOCK;
+
+/// The shape of a stripe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowShape {
+    /// Blocks of a chunk, which is also the rows of a stripe.
+    pub chunk_blocks: u32,
+    /// Data columns of a stripe.
+    pub columns: u32,
+}
+
+/// The part of a request that lies in one stripe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StripeSpan {
+    /// The stripe's number.
+    pub stripe: u64,
+    /// The whole blocks covered, counted from the stripe's first.
+    pub blocks: Range<u32>,
+    /// Rows of which the request covers every data block.
+    pub full_rows: Range<u32>,
+}
+
+/// Where the parity of a stripe's full rows lies in the parity buffer of a
+/// pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParitySpan {
+    /// The stripe's number.
+    pub stripe: u64,
+    /// Its full rows.
+    pub rows: Range<u32>,
+    /// Byte offset of the first full row's parity block.
+    pub at: usize,
+}
+
+/// Blocks next to each other in the data and, if they have parity, in the
+/// parity buffer too.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Number of the first block on the device.
+    pub(crate) block: u64,
+    /// Blocks.
+    pub(crate) count: usize,
+    /// Byte offset in the parity buffer, and whether this is the first column.
+    pub(crate) parity: Option<(usize, bool)>,
+}
+
+/// The whole blocks inside the bytes `at..at + len`.
+pub(crate) fn whole_blocks(at: u64, len: usize) -> Range<u64> {
+    let block = BLOCK as u64;
+    let first = at.div_ceil(block);
+    first..first.max((at + len as u64) / block)
+}
+
+impl RowShape {
+    /// Data blocks of a stripe.
+    pub fn stripe_blocks(&self) -> u64 {
+        u64::from(self.chunk_blocks) * u64::from(self.columns)
+    }
+
+    /// The stripes that the whole blocks of `at..at + len` touch, ascending.
+    pub fn spans(&self, at: u64, len: usize) -> impl Iterator<Item = StripeSpan> + use<> {
+        let shape = *self;
+        let all = whole_blocks(at, len);
+        let per = shape.stripe_blocks();
+        let stripes = if all.is_empty() { 0..0 } else { all.start / per..all.end.div_ceil(per) };
+        stripes.map(move |stripe| {
+            let base = stripe * per;
+            let first = (all.start.max(base) - base) as u32;
+            let end = (all.end.min(base + per) - base) as u32;
+            StripeSpan { stripe, blocks: first..end, full_rows: shape.full_rows(first, end) }
+        })
+    }
+
+    /// Row `r` is full when its block of the first column (`r`) and that of
+    /// the last (`(columns - 1) * chunk + r`) both lie in `first..end`.
+    fn full_rows(&self, first: u32, end: u32) -> Range<u32> {
+        let last_column = (self.columns - 1) * self.chunk_blocks;
+        let stop = end.saturating_sub(last_column).min(self.chunk_blocks);
+        first.min(stop)..stop
+    }
+
+    /// Where the parity of the full rows of `at..at + len` goes: packed, in
+    /// the order of the stripes. Also the bytes that it takes.
+    pub fn parity_spans(&self, at: u64, len: usize) -> (Vec<ParitySpan>, usize) {
+        let mut bytes = 0;
+        let spans = self
+            .spans(at, len)
+            .filter(|span| !span.full_rows.is_empty())
+            .map(|span| {
+                let here = bytes;
+                bytes += span.full_rows.len() * BLOCK;
+                ParitySpan { stripe: span.stripe, rows: span.full_rows, at: here }
+            })
+            .collect();
+        (spans, bytes)
+    }
+
+    /// Rows that `at..at + len` touches without covering them, sub-block ends
+    /// included: an upper bound, for reserving memory.
+    pub fn partial_rows(&self, at: u64, len: usize) -> usize {
+        let touched = |span: &StripeSpan| (span.blocks.len() as u32).min(self.chunk_blocks) as usize;
+        2 + self.spans(at, len).map(|s| touched(&s) - s.full_rows.len()).sum::<usize>()
+    }
+
+    /// The blocks of `at..at + len` as runs; the parity offsets are those of
+    /// `spans`, made by [`parity_spans`](Self::parity_spans) for this range.
+    pub(crate) fn runs(&self, at: u64, len: usize, spans: &[ParitySpan], mut each: impl FnMut(Run)) {
+        for span in self.spans(at, len) {
+            let base = span.stripe * self.stripe_blocks();
+            let parity = spans.iter().find(|p| p.stripe == span.stripe);
+            let mut block = span.blocks.start;
+            while block < span.blocks.end {
+                let (column, row) = (block / self.chunk_blocks, block % self.chunk_blocks);
+                let full = &span.full_rows;
+                // The run ends where the chunk ends or where rows begin or
+                // cease to be full.
+                let row_end = if row < full.start {
+                    full.start
+                } else if row < full.end {
+                    full.end
+                } else {
+                    self.chunk_blocks
+                };
+                let count = (row_end - row).min(span.blocks.end - block);
+                let target = parity
+                    .filter(|_| full.contains(&row))
+                    .map(|p| (p.at + (row - full.start) as usize * BLOCK, column == 0));
+                each(Run { block: base + u64::from(block), count: count as usize, parity: target });
+                block += count;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_cover_each_block_once_and_agree_with_a_naive_row_count(
+            chunk_blocks in 1u32..9, columns in 1u32..6, at in 0u64..200_000, len in 0usize..400_000,
+        ) {
+            let shape = RowShape { chunk_blocks, columns };
+            let whole = whole_blocks(at, len);
+            let (spans, bytes) = shape.parity_spans(at, len);
+            // Oracle: count how many columns of each row the range covers.
+            let mut cover = std::collections::BTreeMap::<(u64, u64), u32>::new();
+            for b in whole.clone() {
+                let within = b % shape.stripe_blocks();
+                *cover.entry((b / shape.stripe_blocks(), within % u64::from(chunk_blocks))).or_default() += 1;
+            }
+            let full = cover.values().filter(|&&n| n == columns).count();
+            prop_assert_eq!(bytes, full * BLOCK);
+            prop_assert!(shape.partial_rows(at, len) >= cover.len() - full);
+            let mut next = whole.start;
+            let mut sets = vec![0u32; full];
+            let mut hits = vec![0u32; full];
+            let mut failed = None;
+            shape.runs(at, len, &spans, |run| {
+                if run.block != next { failed = Some(next); }
+                next += run.count as u64;
+                for i in 0..run.count {
+                    let b = run.block + i as u64;
+                    let row = (b / shape.stripe_blocks(), b % shape.stripe_blocks() % u64::from(chunk_blocks));
+                    let is_full = cover[&row] == columns;
+                    if is_full != run.parity.is_some() { failed = Some(b); }
+                    if let Some((at, first)) = run.parity {
+                        hits[at / BLOCK + i] += 1;
+                        sets[at / BLOCK + i] += u32::from(first);
+                    }
+                }
+            });
+            prop_assert_eq!(failed, None);
+            prop_assert_eq!(next, whole.end.max(whole.start));
+            prop_assert!(hits.iter().all(|&h| h == columns) && sets.iter().all(|&s| s == 1));
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Scatter-gather lists: what one system call reads from or fills.
+
+use smallvec::SmallVec;
+
+use crate::foreign::{ForeignBuf, KeepAlive, Segment};
+
+/// Address ranges for the kernel, in order, and what keeps them alive.
+///
+/// A list holds no right to look at the bytes in this process: it is how
+/// memory that a door already sampled, that its owner promised, or that is
+/// sampled only once, by the kernel, reaches a member.
+#[derive(Default)]
+pub struct SgList {
+    segments: SmallVec<[Segment; 4]>,
+    keep: SmallVec<[KeepAlive; 2]>,
+    len: usize,
+}
+
+impl SgList {
+    /// A list of `segments`, all kept alive by `keep`.
+    pub(crate) fn of(segments: impl IntoIterator<Item = Segment>, keep: KeepAlive) -> Self {
+        let segments: SmallVec<[Segment; 4]> = segments.into_iter().collect();
+        let len = segments.iter().map(|s| s.len).sum();
+        Self { segments, keep: smallvec::smallvec![keep], len }
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The address ranges, laid out as the kernel's `struct iovec`.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// Puts `other` behind this list; neighbours in memory are joined.
+    pub fn append(&mut self, other: SgList) {
+        for segment in other.segments {
+            match self.segments.last_mut() {
+                Some(last) if last.addr + last.len == segment.addr => last.len += segment.len,
+                _ => self.segments.push(segment),
+            }
+        }
+        self.keep.extend(other.keep);
+        self.len += other.len;
+    }
+
+    /// Drops the first `bytes`: the kernel did them already.
+    pub fn advance(&mut self, bytes: usize) {
+        let left = self.len - bytes;
+        self.segments = crate::foreign::clip(&self.segments, bytes, left).collect();
+        self.len = left;
+    }
+
+    /// Whether every segment begins and ends at a multiple of `align` bytes.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        self.segments.iter().all(|s| (s.addr | s.len).is_multiple_of(align))
+    }
+}
+
+impl From<ForeignBuf> for SgList {
+    /// Passes foreign memory on untouched, to be sampled once, by the kernel.
+    fn from(buf: ForeignBuf) -> Self {
+        let (segments, _, keep) = buf.into_parts();
+        Self::of(segments, keep)
+    }
+}
+
+impl std::fmt::Debug for SgList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SgList({} bytes in {} segments)", self.len, self.segments.len())
+    }
+}
