@@ -1,1 +1,3 @@
 //! stableio-front
+
+pub mod nbd;

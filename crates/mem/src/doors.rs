@@ -22,7 +22,7 @@ use stableio_onepass as onepass;
 use stableio_onepass::Parity;
 
 use crate::error::Fault;
-use crate::foreign::{ForeignBuf, KeepAlive, Segment, Segments};
+use crate::foreign::{ForeignBuf, Segment, Segments};
 use crate::pool::{PoolBuf, Reservation};
 use crate::rows::{ParitySpan, RowShape, Run, whole_blocks};
 use crate::sg::SgList;
@@ -75,7 +75,12 @@ impl Pass {
 /// # Errors
 ///
 /// [`Fault`] when the memory vanished; nothing stays allocated.
-pub fn stabilize(buf: ForeignBuf, at: u64, pass: Pass, memory: &mut Reservation) -> Result<(StableBuf, Sums), Fault> {
+pub fn stabilize(
+    buf: ForeignBuf,
+    at: u64,
+    pass: Pass,
+    memory: &mut Reservation,
+) -> Result<(StableBuf, Sums), Fault> {
     let len = buf.len();
     let lead = (at % BLOCK as u64) as usize;
     let mut copy = memory.take(lead + len);
@@ -131,7 +136,9 @@ pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reserv
         let first = piece.pieces().next().expect("at least a block");
         let blocks = first.len() / BLOCK;
         // SAFETY: the parity pointer has room for `step.blocks` (see `Step`).
-        unsafe { onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parity) };
+        unsafe {
+            onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parity)
+        };
         Ok(blocks)
     });
     sums.expect("stable memory does not fault")
@@ -161,33 +168,46 @@ impl Grant {
 /// done. It may be loaded more than once, by raw loads: a broken promise gives
 /// wrong sums, never undefined behaviour.
 #[derive(Debug)]
-pub struct PromisedBuf {
-    segments: Segments,
-    len: usize,
-    keep: KeepAlive,
-}
+pub struct PromisedBuf(ForeignBuf);
 
 /// Takes the owner's word; see [`Grant`]. The handle is consumed.
 pub fn promise(buf: ForeignBuf, _grant: Grant) -> PromisedBuf {
-    let (segments, len, keep) = buf.into_parts();
-    PromisedBuf { segments, len, keep }
+    PromisedBuf(buf)
 }
 
 impl PromisedBuf {
+    /// Gives the promise back: the memory is to be treated as foreign.
+    pub fn into_foreign(self) -> ForeignBuf {
+        self.0
+    }
+
+    /// Takes the first `at` bytes off into a handle of their own.
+    ///
+    /// # Panics
+    ///
+    /// When `at` is more than [`len`](Self::len).
+    pub fn split_to(&mut self, at: usize) -> PromisedBuf {
+        PromisedBuf(self.0.split_to(at))
+    }
+
+    /// Whether every segment begins and ends at a multiple of `align` bytes.
+    pub fn is_aligned(&self, align: usize) -> bool {
+        self.0.is_aligned(align)
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
-        self.len
+        self.0.len()
     }
 
     /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.0.is_empty()
     }
 
     /// A part of the promised bytes as a source for the kernel.
     pub fn source(&self, from: usize, len: usize) -> SgList {
-        assert!(from + len <= self.len, "{from}+{len} of {} bytes", self.len);
-        SgList::of(crate::foreign::clip(&self.segments, from, len), self.keep.clone())
+        self.0.target(from, len)
     }
 
     /// Guards and parity of the promised bytes, in place.
@@ -199,9 +219,11 @@ impl PromisedBuf {
         if !pass.guards {
             return Ok(Sums::default());
         }
-        let mut source = Cursor::new(&self.segments);
-        source.skip((at.next_multiple_of(BLOCK as u64) - at).min(self.len as u64) as usize);
-        sum_blocks(at, self.len, pass, memory, |step, guards| source.sample(step.blocks, guards, step.parity))
+        let mut source = Cursor::new(self.0.for_kernel());
+        source.skip((at.next_multiple_of(BLOCK as u64) - at).min(self.len() as u64) as usize);
+        sum_blocks(at, self.len(), pass, memory, |step, guards| {
+            source.sample(step.blocks, guards, step.parity)
+        })
     }
 
     /// XORs the promised blocks that begin at byte `from` into whole blocks
@@ -210,8 +232,14 @@ impl PromisedBuf {
     /// # Errors
     ///
     /// [`Fault`] when the memory vanished.
-    pub fn xor_into(&self, from: usize, blocks: usize, parity: &mut PoolBuf, to: usize) -> Result<(), Fault> {
-        let mut source = Cursor::new(&self.segments);
+    pub fn xor_into(
+        &self,
+        from: usize,
+        blocks: usize,
+        parity: &mut PoolBuf,
+        to: usize,
+    ) -> Result<(), Fault> {
+        let mut source = Cursor::new(self.0.for_kernel());
         source.skip(from);
         let mut done = 0;
         while done < blocks {
@@ -324,7 +352,8 @@ fn sum_blocks(
     mut each: impl FnMut(Step, &mut [u64]) -> Result<usize, Fault>,
 ) -> Result<Sums, Fault> {
     let whole = whole_blocks(at, len);
-    let (spans, parity_bytes) = pass.rows.map_or((Vec::new(), 0), |rows| rows.parity_spans(at, len));
+    let (spans, parity_bytes) =
+        pass.rows.map_or((Vec::new(), 0), |rows| rows.parity_spans(at, len));
     let mut parity = (parity_bytes > 0).then(|| memory.take(parity_bytes));
     let mut guards: SmallVec<[u64; 4]> = SmallVec::from_elem(0, whole.clone().count());
     let mut result = Ok(());
@@ -414,12 +443,19 @@ impl<'a> Cursor<'a> {
 
     /// Guards and parity of up to `blocks` next blocks without keeping them;
     /// at least one. Says how many.
-    fn sample(&mut self, blocks: usize, guards: &mut [u64], parity: Parity) -> Result<usize, Fault> {
+    fn sample(
+        &mut self,
+        blocks: usize,
+        guards: &mut [u64],
+        parity: Parity,
+    ) -> Result<usize, Fault> {
         let direct = blocks.min(self.contiguous() / BLOCK);
         if direct > 0 {
             // SAFETY: a foreign range that the buffer's keep-alive holds; the
             // caller's parity pointer has room for `blocks`.
-            unsafe { onepass::sample_blocks(self.take(direct * BLOCK), &mut guards[..direct], parity)? };
+            unsafe {
+                onepass::sample_blocks(self.take(direct * BLOCK), &mut guards[..direct], parity)?
+            };
             return Ok(direct);
         }
         let mut block = [0u8; BLOCK];

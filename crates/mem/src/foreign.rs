@@ -129,12 +129,19 @@ impl ForeignBuf {
 }
 
 /// The parts of `segments` that lie in `from..from + len` of their sum.
-pub(crate) fn clip(segments: &[Segment], from: usize, len: usize) -> impl Iterator<Item = Segment> + '_ {
+pub(crate) fn clip(
+    segments: &[Segment],
+    from: usize,
+    len: usize,
+) -> impl Iterator<Item = Segment> + '_ {
     let end = from + len;
     let mut at = 0;
     segments.iter().filter_map(move |segment| {
         let (start, stop) = (at.max(from), (at + segment.len).min(end));
-        let clipped = Segment { addr: segment.addr + start.saturating_sub(at), len: stop.saturating_sub(start) };
+        let clipped = Segment {
+            addr: segment.addr + start.saturating_sub(at),
+            len: stop.saturating_sub(start),
+        };
         at += segment.len;
         (clipped.len > 0).then_some(clipped)
     })
@@ -146,7 +153,9 @@ mod tests {
 
     fn buf(segments: &[(usize, usize)]) -> ForeignBuf {
         // SAFETY: nothing follows these addresses; the tests look at numbers.
-        unsafe { ForeignBuf::new(segments.iter().map(|&(addr, len)| Segment { addr, len }), Arc::new(())) }
+        unsafe {
+            ForeignBuf::new(segments.iter().map(|&(addr, len)| Segment { addr, len }), Arc::new(()))
+        }
     }
 
     #[test]
@@ -155,7 +164,12 @@ mod tests {
             let mut rest = buf(&[(100, 10), (200, 0), (300, 15), (400, 5)]);
             let front = rest.split_to(at);
             assert_eq!((front.len(), rest.len()), (at, 30 - at));
-            let all: Vec<usize> = front.segments.iter().chain(&rest.segments).flat_map(|s| s.addr..s.addr + s.len).collect();
+            let all: Vec<usize> = front
+                .segments
+                .iter()
+                .chain(&rest.segments)
+                .flat_map(|s| s.addr..s.addr + s.len)
+                .collect();
             let want: Vec<usize> = (100..110).chain(300..315).chain(400..405).collect();
             assert_eq!(all, want, "split at {at}");
         }

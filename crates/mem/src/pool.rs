@@ -69,8 +69,12 @@ impl Pool {
         let len = bytes.max(1).next_multiple_of(buddy::LARGEST * BLOCK);
         let arena = Arena::map(len)?;
         let blocks = len / BLOCK;
-        let state =
-            State { buddy: Buddy::new(blocks), unreserved: blocks, waiters: VecDeque::new(), next_waiter: 0 };
+        let state = State {
+            buddy: Buddy::new(blocks),
+            unreserved: blocks,
+            waiters: VecDeque::new(),
+            next_waiter: 0,
+        };
         Ok(Arc::new(Self { arena, blocks, state: Mutex::new(state) }))
     }
 
@@ -104,7 +108,10 @@ impl Pool {
     /// # Errors
     ///
     /// When the whole pool is smaller than that. `Ok(None)` means: not now.
-    pub fn try_reserve(self: &Arc<Self>, bytes: usize) -> Result<Option<Reservation>, PoolTooSmall> {
+    pub fn try_reserve(
+        self: &Arc<Self>,
+        bytes: usize,
+    ) -> Result<Option<Reservation>, PoolTooSmall> {
         let blocks = self.fits(bytes)?;
         let mut state = self.lock();
         if !state.waiters.is_empty() || state.unreserved < blocks {
@@ -348,13 +355,21 @@ impl PoolBuf {
     /// Lends a part to the kernel, to be filled. Until the list is dropped
     /// the caller leaves that part alone.
     pub fn target(&mut self, range: Range<usize>) -> SgList {
-        assert!(range.start <= range.end && range.end <= self.inner.len, "{range:?} of {}", self.inner.len);
-        SgList::of(clip(&self.inner.extents, range.start, range.end - range.start), self.inner.clone())
+        assert!(
+            range.start <= range.end && range.end <= self.inner.len,
+            "{range:?} of {}",
+            self.inner.len
+        );
+        SgList::of(
+            clip(&self.inner.extents, range.start, range.end - range.start),
+            self.inner.clone(),
+        )
     }
 
     /// The address of byte `at` and how many bytes follow it contiguously.
     pub(crate) fn at(&mut self, at: usize) -> (*mut u8, usize) {
-        let piece = clip(&self.inner.extents, at, self.inner.len - at).next().expect("inside the buffer");
+        let piece =
+            clip(&self.inner.extents, at, self.inner.len - at).next().expect("inside the buffer");
         (piece.addr as *mut u8, piece.len)
     }
 
@@ -447,7 +462,8 @@ mod tests {
         let mut all = pool.try_reserve(1 << 20).unwrap().unwrap();
         let blocks: Vec<_> = (0..256).map(|_| all.take(4096)).collect();
         // Free every other block: nothing of two blocks is contiguous.
-        let kept: Vec<_> = blocks.into_iter().enumerate().filter(|(i, _)| i % 2 == 0).map(|(_, b)| b).collect();
+        let kept: Vec<_> =
+            blocks.into_iter().enumerate().filter(|(i, _)| i % 2 == 0).map(|(_, b)| b).collect();
         let mut rest = pool.try_reserve(128 * 4096).unwrap().unwrap();
         let mut buf = rest.take(128 * 4096 - 5);
         assert_eq!(buf.pieces_mut().map(|p| p.len()).sum::<usize>(), 128 * 4096 - 5);

@@ -116,13 +116,20 @@ impl RowShape {
     /// Rows that `at..at + len` touches without covering them, sub-block ends
     /// included: an upper bound, for reserving memory.
     pub fn partial_rows(&self, at: u64, len: usize) -> usize {
-        let touched = |span: &StripeSpan| (span.blocks.len() as u32).min(self.chunk_blocks) as usize;
+        let touched =
+            |span: &StripeSpan| (span.blocks.len() as u32).min(self.chunk_blocks) as usize;
         2 + self.spans(at, len).map(|s| touched(&s) - s.full_rows.len()).sum::<usize>()
     }
 
     /// The blocks of `at..at + len` as runs; the parity offsets are those of
     /// `spans`, made by [`parity_spans`](Self::parity_spans) for this range.
-    pub(crate) fn runs(&self, at: u64, len: usize, spans: &[ParitySpan], mut each: impl FnMut(Run)) {
+    pub(crate) fn runs(
+        &self,
+        at: u64,
+        len: usize,
+        spans: &[ParitySpan],
+        mut each: impl FnMut(Run),
+    ) {
         for span in self.spans(at, len) {
             let base = span.stripe * self.stripe_blocks();
             let parity = spans.iter().find(|p| p.stripe == span.stripe);

@@ -51,6 +51,11 @@ impl SgList {
         self.len += other.len;
     }
 
+    /// The same ranges once more, for going on where the kernel stopped.
+    pub fn duplicate(&self) -> SgList {
+        Self { segments: self.segments.clone(), keep: self.keep.clone(), len: self.len }
+    }
+
     /// Drops the first `bytes`: the kernel did them already.
     pub fn advance(&mut self, bytes: usize) {
         let left = self.len - bytes;

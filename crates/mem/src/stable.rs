@@ -47,7 +47,11 @@ impl StableBuf {
         let keep = Arc::new(owned);
         let bytes: &[u8] = (*keep).as_ref();
         let extent = Segment { addr: bytes.as_ptr() as usize, len: bytes.len() };
-        let inner = Inner { extents: Segments::from_slice(&[extent]), len: extent.len, keep: Keep::Owned(keep) };
+        let inner = Inner {
+            extents: Segments::from_slice(&[extent]),
+            len: extent.len,
+            keep: Keep::Owned(keep),
+        };
         Self { len: extent.len, inner: Arc::new(inner), from: 0 }
     }
 
@@ -67,8 +71,16 @@ impl StableBuf {
     ///
     /// When the range does not lie in the slice.
     pub fn slice(&self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} bytes", self.len);
-        Self { inner: self.inner.clone(), from: self.from + range.start, len: range.end - range.start }
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "{range:?} of {} bytes",
+            self.len
+        );
+        Self {
+            inner: self.inner.clone(),
+            from: self.from + range.start,
+            len: range.end - range.start,
+        }
     }
 
     /// The contiguous pieces, in order.

@@ -15,8 +15,14 @@ pub struct Bytes(pub u64);
 #[error("'{0}' is not a size: write a number and a unit, as 64KiB, 512MiB, 10GiB or 1TiB")]
 pub struct ParseBytesError(String);
 
-const UNITS: [(&str, u64); 6] =
-    [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40), ("PiB", 1 << 50)];
+const UNITS: [(&str, u64); 6] = [
+    ("B", 1),
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+    ("TiB", 1 << 40),
+    ("PiB", 1 << 50),
+];
 
 impl FromStr for Bytes {
     type Err = ParseBytesError;
@@ -29,7 +35,8 @@ impl FromStr for Bytes {
         let factor = UNITS
             .iter()
             .find(|(name, _)| {
-                unit.eq_ignore_ascii_case(name) || (name.len() == 3 && unit.eq_ignore_ascii_case(&name[..1]))
+                unit.eq_ignore_ascii_case(name)
+                    || (name.len() == 3 && unit.eq_ignore_ascii_case(&name[..1]))
             })
             .map(|&(_, factor)| factor)
             .or(unit.is_empty().then_some(1))
@@ -67,9 +74,14 @@ mod tests {
 
     #[test]
     fn sizes_are_read_and_written() {
-        for (text, bytes) in
-            [("64KiB", 65536), ("64K", 65536), ("512", 512), ("512B", 512), ("1.5MiB", 3 << 19), ("10gib", 10 << 30)]
-        {
+        for (text, bytes) in [
+            ("64KiB", 65536),
+            ("64K", 65536),
+            ("512", 512),
+            ("512B", 512),
+            ("1.5MiB", 3 << 19),
+            ("10gib", 10 << 30),
+        ] {
             assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
         }
         for text in ["", "KiB", "-1", "64QiB", "1.0001KiB", "99999999999GiB", "nanMiB"] {

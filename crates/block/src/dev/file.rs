@@ -1,0 +1,498 @@
+//! A device on a file, a volume or a disk of the host: O_DIRECT through
+//! io_uring.
+//!
+//! FILE-1: what lies under a path is unknown until the inspector says; until
+//! then the device counts as sampling twice, for everybody: *unknown means
+//! stabilize*.
+//!
+//! FILE-2: a file that is open is locked (an OFD lock; `O_EXCL` on block
+//! devices), so that no two processes write to one member.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use stableio_mem::{BLOCK, ForeignBuf, Pass, Pool, SgList, doors};
+
+use crate::device::Device;
+use crate::error::{Error, Kind, OpName};
+use crate::exec::{Handle, Ticket};
+use crate::limits::{Cache, Limits, Radius};
+use crate::request::{Body, Extent, Into, Op, Reply, Request};
+use crate::{Outcome, ring};
+
+/// Bytes of the largest single transfer.
+const MAX_TRANSFER: u32 = 1 << 20;
+/// On a file system in memory, transfers up to this are done by the worker
+/// itself: a copy of this size takes less time than handing it over
+/// (docs/adr/0004).
+const IN_PLACE: usize = 32 << 10;
+
+/// How to open a [`FileDevice`].
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// No writes; a shared lock.
+    pub read_only: bool,
+    /// Without O_DIRECT even where it would work.
+    pub buffered: bool,
+    /// Use only the first so many bytes.
+    pub size: Option<u64>,
+}
+
+/// A file or block device.
+pub struct FileDevice {
+    inner: Arc<Inner>,
+    worker: Handle,
+    notes: Vec<String>,
+}
+
+struct Inner {
+    file: File,
+    path: PathBuf,
+    name: Arc<str>,
+    limits: Limits,
+    is_block: bool,
+    in_memory: bool,
+    /// For the rare transfer that no reservation foresaw. Whoever holds of
+    /// it waits for nothing but the kernel.
+    aside: Arc<Pool>,
+}
+
+impl FileDevice {
+    /// Opens and locks `path`.
+    ///
+    /// Where the file system refuses O_DIRECT it is opened without;
+    /// [`notes`](Self::notes) says so.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `EBUSY` when somebody else has it open.
+    pub fn open(path: &Path, options: &OpenOptions, worker: Handle) -> Result<Self, Error> {
+        let name: Arc<str> = path.display().to_string().into();
+        let fail = |e: io::Error| Error {
+            kind: Kind::System(e.raw_os_error().unwrap_or(libc::EIO)),
+            op: OpName::Open,
+            device: name.clone(),
+            at: 0,
+            len: 0,
+        };
+        let mut notes = Vec::new();
+        let is_block = std::fs::metadata(path).map_err(fail)?.file_type().is_block_device();
+        let (file, direct) = open(path, options, is_block).map_err(fail)?;
+        if !direct && !options.buffered {
+            notes.push(format!(
+                "{}: the file system refuses O_DIRECT, going through the page cache",
+                path.display()
+            ));
+        }
+        if !is_block {
+            lock(&file, options.read_only).map_err(fail)?;
+        }
+        let whole = size(&file).map_err(fail)?;
+        let geometry = Geometry::of(&file, is_block, direct);
+        let size = options.size.unwrap_or(whole) / u64::from(geometry.logical)
+            * u64::from(geometry.logical);
+        let limits = Limits {
+            size,
+            logical: geometry.logical,
+            physical: geometry.physical,
+            memory_align: geometry.memory_align,
+            max_transfer: MAX_TRANSFER,
+            atomic: geometry.logical,
+            cache: Cache::Volatile,
+            write_radius: Radius::Everyone,
+            read_radius: Radius::Everyone,
+            pass: Pass::default(),
+        };
+        let in_memory = is_in_memory(&file);
+        let aside = Pool::new(MAX_TRANSFER as usize).map_err(fail)?;
+        let inner = Inner {
+            file,
+            path: path.into(),
+            name: name.clone(),
+            limits,
+            is_block,
+            in_memory,
+            aside,
+        };
+        Ok(Self { inner: Arc::new(inner), worker, notes })
+    }
+
+    /// What a person should know about how it was opened.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+}
+
+impl Device for FileDevice {
+    fn limits(&self) -> &Limits {
+        &self.inner.limits
+    }
+
+    fn submit(&self, request: Request) -> Ticket<Outcome> {
+        let inner = self.inner.clone();
+        self.worker.spawn(move || async move {
+            let (op, at, len) = request.op.range();
+            let outcome = inner.run(request).await;
+            outcome.map_err(|kind| Error { kind, op, device: inner.name.clone(), at, len })
+        })
+    }
+}
+
+impl Inner {
+    async fn run(&self, request: Request) -> Result<Reply, Kind> {
+        let Request { op, memory } = request;
+        match op {
+            Op::Read { at, into } => match into {
+                Into::Segments(list) => self.read(list, at).await.map(|()| Reply::Done),
+                Into::Foreign(buf) => self.read_foreign(buf, at).await.map(|()| Reply::Done),
+                Into::Pool(len) => {
+                    let mut buf = memory.ok_or(Kind::Unsupported)?.take(len);
+                    let done = self.read(buf.target(0..len), at).await;
+                    done.map(|()| Reply::Data(buf.freeze()))
+                }
+            },
+            Op::Write { at, body, fua, .. } => {
+                self.write(body.into_segments(), at, fua).await.map(|()| Reply::Done)
+            }
+            Op::Flush => system(ring::sync(self.file.as_raw_fd()).await).map(|()| Reply::Done),
+            Op::Discard { at, len } => match self.punch(at, len).await {
+                // Nothing has to happen.
+                Ok(()) | Err(Kind::System(libc::EOPNOTSUPP)) => Ok(Reply::Done),
+                Err(e) => Err(e),
+            },
+            Op::WriteZeroes { at, len, fua } => {
+                match self.punch(at, len).await {
+                    Err(Kind::System(libc::EOPNOTSUPP)) => self.write_zeros(at, len).await?,
+                    done => done?,
+                }
+                if fua {
+                    system(ring::sync(self.file.as_raw_fd()).await)?;
+                }
+                Ok(Reply::Done)
+            }
+            Op::Map { at, len } => self.map(at, len).map(Reply::Map),
+        }
+    }
+
+    async fn read(&self, mut list: SgList, mut at: u64) -> Result<(), Kind> {
+        if self.in_memory && list.len() <= IN_PLACE {
+            return in_place(&list, |iov, count| {
+                // SAFETY: `list` keeps the segments alive during the call.
+                unsafe { libc::preadv(self.file.as_raw_fd(), iov, count, at as libc::off_t) }
+            });
+        }
+        // The kernel may do less than asked, at the end of the file or for
+        // its own reasons: go on until it does nothing more.
+        let whole = list.len();
+        let fd = self.file.as_raw_fd();
+        let mut done = 0;
+        loop {
+            let rest = list.duplicate();
+            let now = system(ring::read(fd, list, at).await)? as usize;
+            done += now;
+            match now {
+                _ if done == whole => return Ok(()),
+                0 => return Err(Kind::Short { done }),
+                _ => {}
+            }
+            list = rest;
+            list.advance(now);
+            at += now as u64;
+        }
+    }
+
+    async fn write(&self, mut list: SgList, mut at: u64, durable: bool) -> Result<(), Kind> {
+        if self.in_memory && list.len() <= IN_PLACE {
+            return in_place(&list, |iov, count| {
+                // SAFETY: `list` keeps the segments alive during the call.
+                unsafe { libc::pwritev(self.file.as_raw_fd(), iov, count, at as libc::off_t) }
+            });
+        }
+        let whole = list.len();
+        let fd = self.file.as_raw_fd();
+        let mut done = 0;
+        loop {
+            let rest = list.duplicate();
+            let now = system(ring::write(fd, list, at, durable).await)? as usize;
+            done += now;
+            match now {
+                _ if done == whole => return Ok(()),
+                0 => return Err(Kind::Short { done }),
+                _ => {}
+            }
+            list = rest;
+            list.advance(now);
+            at += now as u64;
+        }
+    }
+
+    /// Lazy: straight into foreign memory. Where the stack below verifies,
+    /// an error may mean only that the buffer changed meanwhile: then once
+    /// more, privately.
+    async fn read_foreign(&self, buf: ForeignBuf, at: u64) -> Result<(), Kind> {
+        let len = buf.len();
+        match self.read(buf.target(0, len), at).await {
+            Err(Kind::System(libc::EIO | libc::EILSEQ | libc::EBADMSG)) => {
+                let mut private = self.aside.reserve(len).await?.take(len);
+                self.read(private.target(0..len), at).await?;
+                doors::copy_out(&private.freeze(), &buf, 0)?;
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    async fn punch(&self, at: u64, len: u64) -> Result<(), Kind> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        if len == 0 {
+            return Ok(());
+        }
+        system(ring::fallocate(self.file.as_raw_fd(), mode, at, len).await)
+    }
+
+    async fn write_zeros(&self, mut at: u64, mut len: u64) -> Result<(), Kind> {
+        let piece = len.min(256 << 10) as usize;
+        let mut zeros = self.aside.reserve(piece).await?.take(piece);
+        zeros.zero(0..piece);
+        let zeros = zeros.freeze();
+        while len > 0 {
+            let now = len.min(zeros.len() as u64);
+            self.write(Body::Stable(zeros.slice(0..now as usize)).into_segments(), at, false)
+                .await?;
+            at += now;
+            len -= now;
+        }
+        Ok(())
+    }
+
+    /// Data and holes, as the file system tells them.
+    fn map(&self, mut at: u64, len: u64) -> Result<Vec<Extent>, Kind> {
+        let end = at + len;
+        let mut extents: Vec<Extent> = Vec::new();
+        if self.is_block {
+            return Ok(vec![Extent { len, data: true }]);
+        }
+        let seek = |from: u64, whence| {
+            // SAFETY: moves the offset of a file of ours, which nothing uses.
+            let found = unsafe { libc::lseek(self.file.as_raw_fd(), from as libc::off_t, whence) };
+            if found < 0 { Err(io::Error::last_os_error()) } else { Ok((found as u64).min(end)) }
+        };
+        while at < end && extents.len() < 4096 {
+            let data = match seek(at, libc::SEEK_DATA) {
+                Ok(data) => data,
+                Err(e) if e.raw_os_error() == Some(libc::ENXIO) => end,
+                Err(e) => return system(Err(e)),
+            };
+            if data > at {
+                extents.push(Extent { len: data - at, data: false });
+                at = data;
+                continue;
+            }
+            let hole = system(seek(at, libc::SEEK_HOLE))?;
+            extents.push(Extent { len: hole - at, data: true });
+            at = hole;
+        }
+        Ok(extents)
+    }
+}
+
+/// A transfer by the calling thread.
+fn in_place(
+    list: &SgList,
+    call: impl FnOnce(*const libc::iovec, libc::c_int) -> isize,
+) -> Result<(), Kind> {
+    let segments = list.segments();
+    let done = call(segments.as_ptr().cast(), segments.len() as libc::c_int);
+    match done {
+        done if done < 0 => system(Err(io::Error::last_os_error())),
+        done if done as usize == list.len() => Ok(()),
+        done => Err(Kind::Short { done: done as usize }),
+    }
+}
+
+fn system<T>(result: io::Result<T>) -> Result<T, Kind> {
+    result.map_err(|e| Kind::System(e.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+/// Opens with O_DIRECT where the file system has it; says whether it has.
+fn open(path: &Path, options: &OpenOptions, is_block: bool) -> io::Result<(File, bool)> {
+    let c_path = CString::new(path.as_os_str().as_bytes())?;
+    let access = if options.read_only { libc::O_RDONLY } else { libc::O_RDWR };
+    let exclusive = if is_block && !options.read_only { libc::O_EXCL } else { 0 };
+    let with = |extra: i32| {
+        // SAFETY: `c_path` is a C string; the result is checked.
+        let fd =
+            unsafe { libc::open(c_path.as_ptr(), access | exclusive | libc::O_CLOEXEC | extra) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just opened and nobody else has it.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    };
+    if options.buffered {
+        return Ok((with(0)?, false));
+    }
+    match with(libc::O_DIRECT) {
+        Ok(file) => Ok((file, true)),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok((with(0)?, false)),
+        Err(e) => Err(e),
+    }
+}
+
+/// An OFD lock: it goes with the open file, not with the process.
+fn lock(file: &File, shared: bool) -> io::Result<()> {
+    let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    // SAFETY: all-zero is a valid `flock`: the whole file, no pid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    // SAFETY: `lock` is a valid `flock` for the call's length.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if done == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
+        _ => Err(error),
+    }
+}
+
+/// Bytes of a file or block device.
+fn size(file: &File) -> io::Result<u64> {
+    // SAFETY: moves the offset of a file of ours, which nothing uses.
+    let end = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
+    if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) }
+}
+
+/// What direct I/O on a file must be aligned to.
+struct Geometry {
+    logical: u32,
+    physical: u32,
+    memory_align: u32,
+}
+
+impl Geometry {
+    fn of(file: &File, is_block: bool, direct: bool) -> Self {
+        if is_block {
+            let logical = ioctl_u32(file, libc::BLKSSZGET).unwrap_or(512);
+            // BLKPBSZGET, which libc does not name.
+            let physical = ioctl_u32(file, 0x127b).unwrap_or(logical);
+            return Self { logical, physical, memory_align: logical };
+        }
+        if !direct {
+            return Self { logical: 512, physical: BLOCK as u32, memory_align: 1 };
+        }
+        // STATX_DIOALIGN where the file system answers (Linux 6.1); otherwise
+        // the block size that never fails.
+        // SAFETY: all-zero is a valid `statx`, filled by the call.
+        let mut stx: libc::statx = unsafe { std::mem::zeroed() };
+        const STATX_DIOALIGN: u32 = 0x2000;
+        // SAFETY: an empty path with AT_EMPTY_PATH names the open file; `stx`
+        // is writable for the call's length.
+        let done = unsafe {
+            libc::statx(
+                file.as_raw_fd(),
+                c"".as_ptr(),
+                libc::AT_EMPTY_PATH,
+                STATX_DIOALIGN,
+                &raw mut stx,
+            )
+        };
+        let known = done == 0 && stx.stx_mask & STATX_DIOALIGN != 0 && stx.stx_dio_offset_align > 0;
+        let (offset, memory) = match known {
+            true => (stx.stx_dio_offset_align.max(512), stx.stx_dio_mem_align.max(1)),
+            false if is_in_memory(file) => (512, 1),
+            false => (BLOCK as u32, BLOCK as u32),
+        };
+        Self { logical: offset, physical: (BLOCK as u32).max(offset), memory_align: memory }
+    }
+}
+
+fn ioctl_u32(file: &File, request: libc::Ioctl) -> Option<u32> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: both requests that are passed here store one int.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut value) };
+    (done == 0 && value > 0).then_some(value as u32)
+}
+
+/// Whether the file lies in memory (tmpfs, ramfs), where a transfer is a copy
+/// and never waits for a disk.
+fn is_in_memory(file: &File) -> bool {
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|s| matches!(s.f_type as u64 & 0xffff_ffff, 0x0102_1994 | 0x8584_58f6))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Worker;
+    use stableio_mem::StableBuf;
+
+    fn fill(seed: u8, len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect()
+    }
+
+    #[test]
+    fn what_was_written_is_read_and_holes_are_told() {
+        for dir in ["/dev/shm", "."] {
+            let dir = tempfile::tempdir_in(dir).unwrap();
+            let path = dir.path().join("m");
+            File::create(&path).unwrap().set_len(8 << 20).unwrap();
+            let worker = Worker::start("t").unwrap();
+            let device = Arc::new(
+                FileDevice::open(&path, &OpenOptions::default(), worker.handle().clone()).unwrap(),
+            );
+            let busy = FileDevice::open(&path, &OpenOptions::default(), worker.handle().clone());
+            assert_eq!(busy.err().unwrap().kind, Kind::System(libc::EBUSY));
+            let pool = Pool::new(16 << 20).unwrap();
+            let stack = crate::Stack::new("t", device, pool.clone(), worker.handle().clone());
+            let data = fill(3, 3 << 20);
+            let body = || Body::Stable(StableBuf::from_owned(data.clone()));
+            stack.submit(Request::write(1 << 20, body(), false)).wait().unwrap();
+            stack.submit(Request::flush()).wait().unwrap();
+            for (at, len) in
+                [(1u64 << 20, 1usize << 20), ((1 << 20) + 4096, 512 * 7), (3 << 20, 4096)]
+            {
+                let reply = stack.submit(Request::read_owned(at, len)).wait().unwrap();
+                let Reply::Data(got) = reply else { panic!("{reply:?}") };
+                let from = (at - (1 << 20)) as usize;
+                assert_eq!(got.to_vec(), data[from..from + len]);
+            }
+            let Reply::Map(map) = stack
+                .submit(Request { op: Op::Map { at: 0, len: 8 << 20 }, memory: None })
+                .wait()
+                .unwrap()
+            else {
+                panic!()
+            };
+            assert_eq!(map.iter().map(|e| e.len).sum::<u64>(), 8 << 20);
+            assert!(!map[0].data && map[1].data, "{map:?}");
+            let zero = Op::WriteZeroes { at: (1 << 20) + 512, len: 8192, fua: true };
+            stack.submit(Request { op: zero, memory: None }).wait().unwrap();
+            let Reply::Data(got) =
+                stack.submit(Request::read_owned(1 << 20, 12288)).wait().unwrap()
+            else {
+                panic!()
+            };
+            let mut want = data[..12288].to_vec();
+            want[512..512 + 8192].fill(0);
+            assert_eq!(got.to_vec(), want);
+            let error = stack.submit(Request::read_owned(8 << 20, 512)).wait().unwrap_err();
+            assert_eq!(error.kind, Kind::OutOfRange { size: 8 << 20 });
+            drop(got);
+            assert_eq!(pool.used(), 0);
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The devices that everything stands on.
+
+mod file;
+mod null;
+mod ram;
+
+pub use file::{FileDevice, OpenOptions};
+pub use null::NullDevice;
+pub use ram::RamDevice;

@@ -1,0 +1,355 @@
+//! The executor: futures that never block and never leave their thread.
+//!
+//! An [`Executor`] belongs to one thread. A [`Handle`] reaches it from any:
+//! [`Handle::spawn`] sends a function over, which makes its future there. A
+//! task is one allocation (the crate `async-task`): future, waker and result.
+//!
+//! EXEC-1: a future runs, and is dropped, only on its executor's thread.
+//!
+//! EXEC-2: a task runs to its end whether or not anybody waits for it.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+
+use async_task::{FallibleTask, Runnable};
+
+thread_local! {
+    /// The executor whose `enter` guard lives on this thread.
+    static CURRENT: RefCell<Option<Current>> = const { RefCell::new(None) };
+}
+
+struct Current {
+    shared: Arc<Shared>,
+    queue: Rc<RefCell<VecDeque<Runnable>>>,
+}
+
+/// What other threads see of an executor.
+struct Shared {
+    remote: Mutex<Remote>,
+    /// Set when the owner has been told to look at `remote`.
+    told: AtomicBool,
+    tell: Box<dyn Fn() + Send + Sync>,
+}
+
+struct Remote {
+    queue: Vec<Runnable>,
+    closed: bool,
+}
+
+/// Runs tasks on the thread that made it.
+pub struct Executor {
+    shared: Arc<Shared>,
+    queue: Rc<RefCell<VecDeque<Runnable>>>,
+}
+
+/// Reaches an executor from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+/// The receiver of a task's result: a future, or [`wait`](Self::wait) for
+/// threads. Dropping it detaches; the task goes on (EXEC-2).
+pub struct Ticket<T>(Inner<T>);
+
+enum Inner<T> {
+    Task(FallibleTask<T>),
+    Ready(T),
+    Taken,
+}
+
+impl Executor {
+    /// An executor of this thread. `tell` is called, from any thread, when
+    /// the owner should call [`run`](Self::run) again.
+    pub fn new(tell: impl Fn() + Send + Sync + 'static) -> Self {
+        let remote = Mutex::new(Remote { queue: Vec::new(), closed: false });
+        let shared =
+            Arc::new(Shared { remote, told: AtomicBool::new(false), tell: Box::new(tell) });
+        Self { shared, queue: Rc::default() }
+    }
+
+    /// Reaches this executor.
+    pub fn handle(&self) -> Handle {
+        Handle { shared: self.shared.clone() }
+    }
+
+    /// Makes this the thread's executor while `body` runs.
+    pub fn enter<T>(&self, body: impl FnOnce() -> T) -> T {
+        struct Leave(Option<Current>);
+        impl Drop for Leave {
+            fn drop(&mut self) {
+                CURRENT.with(|c| *c.borrow_mut() = self.0.take());
+            }
+        }
+        let current = Current { shared: self.shared.clone(), queue: self.queue.clone() };
+        let _leave = Leave(CURRENT.with(|c| c.borrow_mut().replace(current)));
+        body()
+    }
+
+    /// Runs up to `budget` ready tasks in the order in which they became
+    /// ready; says whether more are ready. Call inside [`enter`](Self::enter).
+    pub fn run(&self, budget: usize) -> bool {
+        self.take_remote();
+        for _ in 0..budget {
+            let Some(runnable) = self.queue.borrow_mut().pop_front() else { break };
+            runnable.run();
+        }
+        !self.queue.borrow().is_empty() || self.shared.told.load(Ordering::Acquire)
+    }
+
+    /// Runs one ready task, chosen by `pick` among so many: for simulation.
+    /// False when none is ready.
+    pub fn run_one(&self, pick: impl FnOnce(usize) -> usize) -> bool {
+        self.take_remote();
+        let ready = self.queue.borrow().len();
+        if ready == 0 {
+            return false;
+        }
+        let runnable = self.queue.borrow_mut().remove(pick(ready) % ready).expect("in range");
+        runnable.run();
+        true
+    }
+
+    fn take_remote(&self) {
+        if self.shared.told.swap(false, Ordering::AcqRel) {
+            let arrived = std::mem::take(&mut self.shared.lock().queue);
+            self.queue.borrow_mut().extend(arrived);
+        }
+    }
+}
+
+impl Drop for Executor {
+    /// Drops every task that is queued, here, on its own thread (EXEC-1).
+    /// Tasks that wait for something stay with whoever holds their waker.
+    fn drop(&mut self) {
+        self.enter(|| {
+            self.shared.lock().closed = true;
+            loop {
+                self.shared.told.store(true, Ordering::Release);
+                self.take_remote();
+                let Some(runnable) = self.queue.borrow_mut().pop_front() else { break };
+                drop(runnable);
+            }
+        });
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Remote> {
+        self.remote.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn schedule(self: &Arc<Self>, runnable: Runnable) {
+        let mut runnable = Some(runnable);
+        // On the owner's thread the queue is at hand.
+        let _ = CURRENT.try_with(|current| {
+            if let Some(current) = &*current.borrow() {
+                if Arc::ptr_eq(&current.shared, self) {
+                    current.queue.borrow_mut().extend(runnable.take());
+                }
+            }
+        });
+        let Some(runnable) = runnable else { return };
+        let mut remote = self.lock();
+        if remote.closed {
+            // The executor is gone and its futures may only be dropped on a
+            // thread that no longer runs: leaking is the safe end (EXEC-1).
+            std::mem::forget(runnable);
+            return;
+        }
+        remote.queue.push(runnable);
+        drop(remote);
+        if !self.told.swap(true, Ordering::AcqRel) {
+            (self.tell)();
+        }
+    }
+}
+
+impl Handle {
+    /// Runs the future that `make` gives on the executor's thread.
+    pub fn spawn<F, Fut>(&self, make: F) -> Ticket<Fut::Output>
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future + 'static,
+        Fut::Output: Send + 'static,
+    {
+        let shared = self.shared.clone();
+        let schedule = move |runnable| shared.schedule(runnable);
+        // SAFETY: `async_task::spawn_unchecked` asks, for a future that is not
+        // `Send`, that the runnable is used and dropped only on its thread.
+        // Until its first run the future holds only `make`, which is `Send`;
+        // it is run only by `Executor::run`/`run_one` and dropped only by
+        // `Executor::drop`, all on the executor's thread (`Executor` is not
+        // `Send`: it holds an `Rc`); `Shared::schedule` leaks it otherwise.
+        // Future and schedule function are `'static`; the schedule function
+        // is `Send + Sync`.
+        let (runnable, task) =
+            unsafe { async_task::spawn_unchecked(async move { make().await }, schedule) };
+        runnable.schedule();
+        Ticket(Inner::Task(task.fallible()))
+    }
+
+    /// Whether this thread is the executor's.
+    pub fn is_here(&self) -> bool {
+        CURRENT.with(|c| c.borrow().as_ref().is_some_and(|c| Arc::ptr_eq(&c.shared, &self.shared)))
+    }
+}
+
+/// Runs a future on this thread's executor.
+///
+/// # Panics
+///
+/// On a thread that has none.
+pub fn spawn<Fut>(future: Fut) -> Ticket<Fut::Output>
+where
+    Fut: Future + 'static,
+    Fut::Output: Send + 'static,
+{
+    let shared = CURRENT.with(|c| c.borrow().as_ref().map(|c| c.shared.clone()));
+    let shared = shared.expect("on a worker's thread");
+    let schedule = move |runnable| shared.schedule(runnable);
+    // SAFETY: as in `Handle::spawn`; the future is made on the executor's own
+    // thread and never leaves it.
+    let (runnable, task) = unsafe { async_task::spawn_unchecked(future, schedule) };
+    runnable.schedule();
+    Ticket(Inner::Task(task.fallible()))
+}
+
+/// Lets other ready tasks run first.
+pub async fn yield_now() {
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
+}
+
+/// Wakes a thread that is parked in [`block_on`].
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Runs a future to its end on a thread that is no worker, which sleeps
+/// meanwhile.
+pub fn block_on<F: Future>(future: F) -> F::Output {
+    let mut future = std::pin::pin!(future);
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut cx = Context::from_waker(&waker);
+    loop {
+        match future.as_mut().poll(&mut cx) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+impl<T> Ticket<T> {
+    /// The receiver of a result that is there already.
+    pub fn ready(value: T) -> Self {
+        Ticket(Inner::Ready(value))
+    }
+
+    /// Blocks this thread, which must not be a worker's, until the result is
+    /// there. `None` when the executor stopped first.
+    pub fn wait_opt(mut self) -> Option<T> {
+        match std::mem::replace(&mut self.0, Inner::Taken) {
+            Inner::Task(task) => block_on(task),
+            Inner::Ready(value) => Some(value),
+            Inner::Taken => None,
+        }
+    }
+}
+
+impl<T> Ticket<Result<T, crate::Error>> {
+    /// Blocks this thread, which must not be a worker's, until the request
+    /// settles.
+    ///
+    /// # Errors
+    ///
+    /// The request's, or [`Kind::Stopped`](crate::Kind::Stopped).
+    pub fn wait(self) -> Result<T, crate::Error> {
+        self.wait_opt().unwrap_or_else(|| Err(stopped()))
+    }
+}
+
+fn stopped() -> crate::Error {
+    let (kind, op) = (crate::Kind::Stopped, crate::OpName::Open);
+    crate::Error { kind, op, device: "worker".into(), at: 0, len: 0 }
+}
+
+impl<T> Future for Ticket<Result<T, crate::Error>> {
+    type Output = Result<T, crate::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Inner::Task(task) = &mut self.0 {
+            return Pin::new(task).poll(cx).map(|value| value.unwrap_or_else(|| Err(stopped())));
+        }
+        match std::mem::replace(&mut self.0, Inner::Taken) {
+            Inner::Ready(value) => Poll::Ready(value),
+            _ => panic!("a ticket was polled after it gave its result"),
+        }
+    }
+}
+
+impl<T> Unpin for Ticket<T> {}
+
+impl<T> Drop for Ticket<T> {
+    fn drop(&mut self) {
+        if let Inner::Task(task) = std::mem::replace(&mut self.0, Inner::Taken) {
+            task.detach();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_run_detached_and_tickets_give_results() {
+        let executor = Executor::new(|| {});
+        let seen = Rc::new(RefCell::new(Vec::new()));
+        let ticket = executor.enter(|| {
+            let s = seen.clone();
+            drop(spawn(async move {
+                yield_now().await;
+                s.borrow_mut().push("detached");
+            }));
+            spawn(async { Ok::<_, crate::Error>(7) })
+        });
+        executor.enter(|| while executor.run(10) {});
+        assert_eq!(*seen.borrow(), ["detached"]);
+        assert_eq!(ticket.wait(), Ok(7));
+    }
+
+    #[test]
+    fn other_threads_send_work_and_a_stopped_executor_answers() {
+        let executor = Executor::new(|| {});
+        let handle = executor.handle();
+        let ticket = std::thread::spawn(move || {
+            handle.spawn(|| async { Ok::<_, crate::Error>(std::thread::current().id()) })
+        });
+        let ticket = ticket.join().unwrap();
+        executor.enter(|| executor.run(10));
+        assert_eq!(ticket.wait(), Ok(std::thread::current().id()));
+
+        let handle = executor.handle();
+        let late = handle.spawn(|| async { Ok::<_, crate::Error>(()) });
+        drop(executor);
+        assert_eq!(late.wait().unwrap_err().kind, crate::Kind::Stopped);
+    }
+}
