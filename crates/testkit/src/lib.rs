@@ -1,1 +1,38 @@
-//! stableio-testkit
+//! What integration tests and benches need around the command: a place for files, processes that
+//! die with their test, the peers it is compared with, and the clients that drive both.
+//!
+//! Everything here talks to a server from outside, as its users do: over a socket, a signal, an
+//! exit status. Nothing links against the code under test.
+//!
+//! ```no_run
+//! use stableio_testkit::{Export, Scratch, Serve, require_tool, run_tool};
+//!
+//! fn nbdinfo_knows_our_size() -> std::io::Result<()> {
+//!     let Some(nbdinfo) = require_tool("nbdinfo") else { return Ok(()) };
+//!     let scratch = Scratch::new()?;
+//!     let image = scratch.sparse("disk.img", 1 << 30)?;
+//!     let export = Export::nbd("disk", &scratch.path("nbd.sock"));
+//!     let server = Serve::raw(&scratch, &image, std::slice::from_ref(&export))?;
+//!     let size = run_tool(&nbdinfo, ["--size", &export.uri()])?;
+//!     assert_eq!(size.trim(), "1073741824");
+//!     assert!(server.terminate()?.status.success());
+//!     Ok(())
+//! }
+//! ```
+
+mod child;
+mod fio;
+mod peers;
+mod scratch;
+mod serve;
+mod tools;
+pub mod vhost;
+
+pub use child::{Child, Ended, is_listening};
+pub use rustix::process::Signal;
+
+pub use fio::{FioReport, fio};
+pub use peers::{Aio, HostIo, QemuNbd, StorageDaemon};
+pub use scratch::Scratch;
+pub use serve::{Export, Serve, build_stableio, create, nbd_uri, stableio_bin};
+pub use tools::{require_tool, run_tool, skip, tool};
