@@ -53,10 +53,11 @@ impl Limits {
     pub fn scratch_bytes(&self, at: u64, len: usize) -> usize {
         let Some(rows) = self.pass.rows else {
             // Without rows only the two ends need their old block.
-            return if self.pass.guards { 2 * stableio_mem::BLOCK } else { 0 };
+            return if self.pass.guards { 6 * stableio_mem::BLOCK } else { 0 };
         };
         // Every data column, the old parity, the new parity, and the merged
-        // block of a sub-block end.
-        rows.partial_rows(at, len) * (rows.columns as usize + 3) * stableio_mem::BLOCK
+        // block of a sub-block end; once more for a row that has to be mended
+        // on the way.
+        (rows.partial_rows(at, len) + 1) * (rows.columns as usize + 3) * stableio_mem::BLOCK
     }
 }

@@ -8,6 +8,8 @@
 //! So completions never overflow and memory is bounded.
 //!
 //! RING-3: when a ring is dropped it waits for every operation under way.
+//! What waits for an event ([`poll`], [`sleep`]) touches no memory and is
+//! cancelled when its future or the ring is dropped, so that this wait ends.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -25,6 +27,9 @@ use crate::sync::Condition;
 
 /// Operations under way at once.
 pub const SLOTS: usize = 2048;
+
+/// Marks the completion of a cancellation, which nobody waits for.
+const CANCELLED: u64 = u64::MAX;
 
 thread_local! {
     static RING: RefCell<Option<Rc<Ring>>> = const { RefCell::new(None) };
@@ -49,6 +54,8 @@ struct Slot {
     waker: Option<Waker>,
     result: Option<i32>,
     detached: bool,
+    /// Waits for an event that may never come.
+    idle: bool,
 }
 
 impl Ring {
@@ -112,6 +119,9 @@ impl Ring {
         let mut freed = false;
         for completion in io.completion() {
             self.in_kernel.set(self.in_kernel.get() - 1);
+            if completion.user_data() == CANCELLED {
+                continue;
+            }
             let slot = &mut slots[completion.user_data() as usize];
             slot.list = SgList::default();
             if slot.detached {
@@ -138,6 +148,16 @@ impl Ring {
         slot.list = list;
         let entry = entry(slot).user_data(u64::from(index));
         drop(slots);
+        self.queue(&entry);
+    }
+
+    /// Tells the kernel to give up the operation in a slot. Its completion
+    /// arrives as any other.
+    fn cancel(&self, index: u16) {
+        self.queue(&opcode::AsyncCancel::new(u64::from(index)).build().user_data(CANCELLED));
+    }
+
+    fn queue(&self, entry: &squeue::Entry) {
         let mut io = self.io.borrow_mut();
         if io.submission().is_full() {
             // A full queue is handed over early; completions wait for `turn`.
@@ -148,10 +168,10 @@ impl Ring {
                 );
             }
         }
-        // SAFETY: the entry points only into its slot, which does not move
-        // (a boxed slice), and to memory that `slot.list` keeps alive until
+        // SAFETY: the entry points nowhere, or only into its slot, which does
+        // not move (a boxed slice), and to memory that `slot.list` keeps alive until
         // the completion arrives (RING-1).
-        let pushed = unsafe { io.submission().push(&entry) };
+        let pushed = unsafe { io.submission().push(entry) };
         pushed.expect("the queue was just emptied");
         self.queued.set(true);
         self.in_kernel.set(self.in_kernel.get() + 1);
@@ -166,6 +186,12 @@ fn io_uring_sys_enter_getevents() -> u32 {
 
 impl Drop for Ring {
     fn drop(&mut self) {
+        let idle: Vec<u16> = {
+            let slots = self.slots.borrow();
+            let waits = |slot: &Slot| slot.idle && slot.result.is_none();
+            (0..SLOTS as u16).filter(|&index| waits(&slots[index as usize])).collect()
+        };
+        idle.into_iter().for_each(|index| self.cancel(index));
         while self.in_kernel.get() > 0 {
             if self.turn(true).is_err() {
                 // The kernel may still write to our memory: leak it.
@@ -205,6 +231,11 @@ impl Drop for Operation {
         if slot.result.is_none() {
             slot.detached = true;
             slot.waker = None;
+            let idle = slot.idle;
+            drop(slots);
+            if idle {
+                self.ring.cancel(self.index);
+            }
             return;
         }
         *slot = Slot::default();
@@ -284,14 +315,18 @@ pub async fn fallocate(file: RawFd, mode: i32, at: u64, len: u64) -> io::Result<
 /// Waits until a file is ready for `events` (`POLLIN`, `POLLOUT`).
 pub async fn poll(file: BorrowedFd<'_>, events: i16) -> io::Result<()> {
     let file = file.as_raw_fd();
-    operate(SgList::default(), |_| opcode::PollAdd::new(fd(file), events as u32).build())
-        .await
-        .map(drop)
+    operate(SgList::default(), |slot| {
+        slot.idle = true;
+        opcode::PollAdd::new(fd(file), events as u32).build()
+    })
+    .await
+    .map(drop)
 }
 
 /// Waits for a while.
 pub async fn sleep(time: Duration) {
     let done = operate(SgList::default(), |slot| {
+        slot.idle = true;
         slot.time = types::Timespec::from(time);
         opcode::Timeout::new(&raw const slot.time).build()
     });

@@ -1,7 +1,8 @@
 //! Waiting between tasks of one thread.
 
 use std::cell::RefCell;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::task::{Poll, Waker};
 
 /// Tasks that wait for something to become true. Not `Send`: it lives beside
@@ -33,4 +34,31 @@ impl Condition {
         let wakers = std::mem::take(&mut *self.wakers.borrow_mut());
         wakers.into_iter().for_each(Waker::wake);
     }
+}
+
+/// Runs futures side by side on this task; gives their results in order.
+pub async fn join<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
+    enum Slot<F: Future> {
+        Running(Pin<Box<F>>),
+        Done(F::Output),
+    }
+    let mut slots: Vec<Slot<F>> = futures.into_iter().map(|f| Slot::Running(Box::pin(f))).collect();
+    poll_fn(|cx| {
+        let mut all = true;
+        for slot in &mut slots {
+            if let Slot::Running(future) = slot {
+                match future.as_mut().poll(cx) {
+                    Poll::Ready(value) => *slot = Slot::Done(value),
+                    Poll::Pending => all = false,
+                }
+            }
+        }
+        if all { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    let done = slots.into_iter().map(|slot| match slot {
+        Slot::Done(value) => value,
+        Slot::Running(_) => unreachable!("polled until all were done"),
+    });
+    done.collect()
 }

@@ -98,6 +98,7 @@ async fn listen(bell: Arc<OwnedFd>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::future::Future;
     use std::time::Duration;
 
     #[test]
@@ -112,5 +113,26 @@ mod tests {
             });
             assert_eq!(ticket.wait(), Ok(i));
         }
+    }
+
+    #[test]
+    fn events_that_never_come_keep_no_worker() {
+        let never = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        let worker = Worker::start("test").unwrap();
+        let spawn = |fd: Arc<OwnedFd>, patience| {
+            worker.handle().spawn(move || async move {
+                let mut event = Box::pin(ring::poll(fd.as_fd(), libc::POLLIN));
+                std::future::poll_fn(|cx| {
+                    let _ = event.as_mut().poll(cx);
+                    std::task::Poll::Ready(())
+                })
+                .await;
+                ring::sleep(patience).await;
+            })
+        };
+        // One poll is dropped with its future, one is there at the end.
+        spawn(never.clone(), Duration::ZERO).wait_opt();
+        drop(spawn(never, Duration::from_secs(3600)));
+        drop(worker);
     }
 }

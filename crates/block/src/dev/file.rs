@@ -350,8 +350,13 @@ fn open(path: &Path, options: &OpenOptions, is_block: bool) -> io::Result<(File,
     }
 }
 
-/// An OFD lock: it goes with the open file, not with the process.
-fn lock(file: &File, shared: bool) -> io::Result<()> {
+/// Takes an OFD lock on a whole file, which goes with the open file, not with
+/// the process.
+///
+/// # Errors
+///
+/// `EBUSY` when somebody else holds one that excludes it.
+pub fn lock(file: &File, shared: bool) -> io::Result<()> {
     let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
     // SAFETY: all-zero is a valid `flock`: the whole file, no pid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
@@ -370,7 +375,11 @@ fn lock(file: &File, shared: bool) -> io::Result<()> {
 }
 
 /// Bytes of a file or block device.
-fn size(file: &File) -> io::Result<u64> {
+///
+/// # Errors
+///
+/// The system's.
+pub fn size(file: &File) -> io::Result<u64> {
     // SAFETY: moves the offset of a file of ours, which nothing uses.
     let end = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_END) };
     if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) }

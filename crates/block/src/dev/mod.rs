@@ -4,6 +4,6 @@ mod file;
 mod null;
 mod ram;
 
-pub use file::{FileDevice, OpenOptions};
+pub use file::{FileDevice, OpenOptions, lock, size};
 pub use null::NullDevice;
 pub use ram::RamDevice;

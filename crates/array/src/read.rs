@@ -1,0 +1,262 @@
+//! Reads: straight to where the data is wanted, verified there; what does not
+//! match is read again privately, under the row's token.
+//!
+//! READ-1: nothing is answered that did not match its guard.
+//!
+//! READ-2: a mismatch seen without the token proves nothing: a write may be
+//! under way, or the owner changed its buffer. Only
+//! [`mend`](Engine::mend) judges.
+
+use std::rc::Rc;
+
+use stableio_block::{Extent, Into, Kind, Reply, path::Stage};
+use stableio_mem::{BLOCK, ForeignBuf, PoolBuf, Reservation, SgList, StableBuf, doors};
+
+use crate::engine::Engine;
+use crate::geometry::Place;
+use crate::pages::PageSet;
+use crate::tuple::State;
+
+/// Where a read goes.
+enum Target {
+    Foreign(ForeignBuf),
+    Pool(PoolBuf),
+}
+
+impl Target {
+    /// A part, for the kernel to fill.
+    fn part(&mut self, from: usize, len: usize) -> SgList {
+        match self {
+            Target::Foreign(buf) => buf.target(from, len),
+            Target::Pool(buf) => buf.target(from..from + len),
+        }
+    }
+
+    fn zero(&mut self, from: usize, len: usize) -> Result<(), Kind> {
+        match self {
+            Target::Foreign(buf) => Ok(doors::zero_out(buf, from, len)?),
+            Target::Pool(buf) => {
+                buf.zero(from..from + len);
+                Ok(())
+            }
+        }
+    }
+
+    fn put(&mut self, from: usize, block: &StableBuf) -> Result<(), Kind> {
+        match self {
+            Target::Foreign(buf) => Ok(doors::copy_out(block, buf, from)?),
+            Target::Pool(buf) => {
+                buf.copy_from(from, block.contiguous(0, BLOCK));
+                Ok(())
+            }
+        }
+    }
+
+    /// Blocks from `from` on that do not have the guards they should.
+    fn mismatches(&mut self, from: usize, guards: &[u64]) -> Result<Vec<usize>, Kind> {
+        match self {
+            Target::Foreign(buf) => {
+                let verdict = doors::verify_in_place(buf, from, guards)?;
+                Ok(verdict.mismatches().iter().map(|i| *i as usize).collect())
+            }
+            Target::Pool(buf) => Ok(mismatches(buf, from, guards)),
+        }
+    }
+}
+
+/// Blocks of our own memory that do not have the guards they should.
+pub(crate) fn mismatches(buf: &mut PoolBuf, from: usize, guards: &[u64]) -> Vec<usize> {
+    let pieces = buf.range_mut(from..from + guards.len() * BLOCK);
+    let found =
+        pieces.flat_map(|p| p.chunks_exact(BLOCK).map(stableio_onepass::guard).collect::<Vec<_>>());
+    found
+        .zip(guards)
+        .enumerate()
+        .filter(|(_, (found, guard))| found != *guard)
+        .map(|(i, _)| i)
+        .collect()
+}
+
+/// Blocks next to each other on a member and in the target.
+struct Piece {
+    first: Place,
+    blocks: usize,
+    from: usize,
+}
+
+/// A read of a member, of one or more pieces.
+struct MemberRead {
+    member: usize,
+    at: u64,
+    list: SgList,
+    pieces: Vec<Piece>,
+}
+
+impl Engine {
+    /// Reads whole blocks.
+    pub(crate) async fn read(
+        &self,
+        at: u64,
+        into: Into,
+        memory: Option<Reservation>,
+    ) -> Result<Reply, Kind> {
+        let len = into.len();
+        let mut target = match into {
+            Into::Foreign(buf) => Target::Foreign(buf),
+            Into::Pool(len) => Target::Pool(memory.ok_or(Kind::Unsupported)?.take(len)),
+            Into::Segments(_) => return Err(Kind::Unsupported),
+        };
+        let place = self.traffic.enter(Stage::Members);
+        let (reads, mut aside) = self.plan_read(at, len, &mut target).await?;
+        let begun: Vec<_> = reads
+            .into_iter()
+            .map(|read| {
+                (self.read_member(read.member, read.at, read.list), read.member, read.pieces)
+            })
+            .collect();
+        let mut memory_fault = None;
+        for (ticket, member, pieces) in begun {
+            let failed = match ticket.await {
+                Ok(_) => false,
+                Err(error) if error.is_memory() => {
+                    memory_fault = Some(error.kind);
+                    continue;
+                }
+                Err(error) => {
+                    self.note_read_error(member, &error);
+                    true
+                }
+            };
+            for piece in pieces {
+                self.judge(&piece, failed, &mut target, &mut aside).await?;
+            }
+        }
+        // Every ticket was waited for: the kernel no longer writes there.
+        if let Some(kind) = memory_fault {
+            return Err(kind);
+        }
+        drop(place);
+        for (place, from) in aside {
+            let block = self.mend(place).await?;
+            target.put(from, &block)?;
+        }
+        Ok(match target {
+            Target::Foreign(_) => Reply::Done,
+            Target::Pool(buf) => Reply::Data(buf.freeze()),
+        })
+    }
+
+    /// Verifies a piece where it lies; what does not match goes aside.
+    async fn judge(
+        &self,
+        piece: &Piece,
+        failed: bool,
+        target: &mut Target,
+        aside: &mut Vec<(Place, usize)>,
+    ) -> Result<(), Kind> {
+        let places =
+            (0..piece.blocks).map(|i| Place { row: piece.first.row + i as u32, ..piece.first });
+        if failed {
+            aside.extend(places.enumerate().map(|(i, place)| (place, piece.from + i * BLOCK)));
+            return Ok(());
+        }
+        let mut guards = Vec::with_capacity(piece.blocks);
+        let mut set: Option<Rc<PageSet>> = None;
+        for place in places {
+            guards.push(self.set_of(&mut set, place).await?.tuple(place).guard);
+        }
+        for i in target.mismatches(piece.from, &guards)? {
+            let place = Place { row: piece.first.row + i as u32, ..piece.first };
+            aside.push((place, piece.from + i * BLOCK));
+        }
+        Ok(())
+    }
+
+    /// The page set of a place, asked for only when it is another than the
+    /// last.
+    pub(crate) async fn set_of<'a>(
+        &self,
+        last: &'a mut Option<Rc<PageSet>>,
+        place: Place,
+    ) -> Result<&'a Rc<PageSet>, Kind> {
+        let (page, _) = self.geometry.page_of(place.stripe, place.row);
+        if last.as_ref().is_none_or(|set| set.number() != page) {
+            *last = Some(self.page(place.stripe, place.row).await?);
+        }
+        Ok(last.as_ref().expect("just set"))
+    }
+
+    /// Cuts a range into reads of members. Blocks that were never written are
+    /// zeroed at once; those of missing members go aside.
+    async fn plan_read(
+        &self,
+        at: u64,
+        len: usize,
+        target: &mut Target,
+    ) -> Result<(Vec<MemberRead>, Vec<(Place, usize)>), Kind> {
+        let g = &self.geometry;
+        let mut pieces: Vec<(usize, Piece)> = Vec::new();
+        let mut aside = Vec::new();
+        let mut set = None;
+        for i in 0..len / BLOCK {
+            let (place, from) = (g.place(at / BLOCK as u64 + i as u64), i * BLOCK);
+            let member = g.data_member(place.stripe, place.column);
+            match self.set_of(&mut set, place).await?.tuple(place).state {
+                State::Lost => return Err(self.lost(place)),
+                State::Unwritten => target.zero(from, BLOCK)?,
+                State::Written if !self.alive(member) => aside.push((place, from)),
+                State::Written => match pieces.last_mut() {
+                    Some((_, last)) if last.continues(place, from) => last.blocks += 1,
+                    _ => pieces.push((member, Piece { first: place, blocks: 1, from })),
+                },
+            }
+        }
+        // Chunks of a member that follow each other are one read.
+        pieces.sort_by_key(|(member, piece)| {
+            (*member, g.member_offset(piece.first.stripe, piece.first.row))
+        });
+        let mut reads: Vec<MemberRead> = Vec::new();
+        for (member, piece) in pieces {
+            let at = g.member_offset(piece.first.stripe, piece.first.row);
+            let list = target.part(piece.from, piece.blocks * BLOCK);
+            match reads.last_mut() {
+                Some(last) if last.member == member && last.at + last.list.len() as u64 == at => {
+                    last.list.append(list);
+                    last.pieces.push(piece);
+                }
+                _ => reads.push(MemberRead { member, at, list, pieces: vec![piece] }),
+            }
+        }
+        Ok((reads, aside))
+    }
+
+    /// Which parts were written, from the tuples.
+    pub(crate) async fn map(&self, at: u64, len: u64) -> Result<Vec<Extent>, Kind> {
+        const MOST: usize = 4096;
+        let (first, end) = (at / BLOCK as u64, (at + len).div_ceil(BLOCK as u64));
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut set = None;
+        let mut block = first;
+        while block < end && extents.len() < MOST {
+            let place = self.geometry.place(block);
+            let data = self.set_of(&mut set, place).await?.tuple(place).state != State::Unwritten;
+            let from = (block * BLOCK as u64).max(at);
+            let len = ((block + 1) * BLOCK as u64).min(at + len) - from;
+            match extents.last_mut() {
+                Some(last) if last.data == data => last.len += len,
+                _ => extents.push(Extent { len, data }),
+            }
+            block += 1;
+        }
+        Ok(extents)
+    }
+}
+
+impl Piece {
+    fn continues(&self, place: Place, from: usize) -> bool {
+        self.first.stripe == place.stripe
+            && self.first.column == place.column
+            && self.first.row + self.blocks as u32 == place.row
+            && self.from + self.blocks * BLOCK == from
+    }
+}
