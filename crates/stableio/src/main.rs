@@ -1,2 +1,204 @@
-//! The command.
-fn main() {}
+//! The command `stableio`.
+//!
+//! Exit codes: 0 done, 1 an error (one line on stderr) or, for `torture`,
+//! damage, 2 a wrong command line, 4 `torture` raced too little to show
+//! anything.
+
+mod create;
+mod export;
+mod members;
+mod serve;
+mod show;
+mod status;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use stableio_array::Level;
+use stableio_mem::Bytes;
+
+use export::ExportSpec;
+
+/// Storage whose direct I/O stays correct even when the program changes the
+/// buffer while it is being written.
+#[derive(Parser)]
+#[command(name = "stableio", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes a new array of files or block devices
+    Create(CreateArgs),
+    /// Serves an array, or an image as it is, to guests and network clients
+    Serve(ServeArgs),
+    /// Lists the arrays whose members lie in directories
+    List(ListArgs),
+    /// Shows what a member says of itself and its array
+    Examine(ExamineArgs),
+    /// Asks running servers how they are
+    Status(StatusArgs),
+    /// Tries to break an array with memory that changes in flight
+    Torture(TortureArgs),
+    /// Ten seconds of proof, then a small array to try
+    Demo(DemoArgs),
+}
+
+#[derive(Args)]
+struct CreateArgs {
+    /// The array's name: letters, digits, '-', '_', '.'
+    name: String,
+    /// The members: files (made if --member-size is given) or block devices
+    #[arg(required = true)]
+    members: Vec<PathBuf>,
+    /// Redundancy
+    #[arg(long, value_enum, default_value = "raid5")]
+    level: LevelArg,
+    /// Checksum of each 4 KiB block
+    #[arg(long, value_enum, default_value = "crc64-nvme")]
+    checksum: ChecksumArg,
+    /// Bytes of a member in a row before the next has its turn
+    #[arg(long, default_value = "64KiB")]
+    chunk: Bytes,
+    /// Size of members that do not exist yet; they take space as they fill
+    #[arg(long)]
+    member_size: Option<Bytes>,
+    /// Overwrite members that hold something
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    /// The members in any order, or directories that hold them
+    #[arg(required_unless_present = "raw")]
+    members: Vec<PathBuf>,
+    /// Serve this image, volume or disk as it is instead: no array, no checksums
+    #[arg(long, conflicts_with_all = ["members", "trust_member"])]
+    raw: Option<PathBuf>,
+    /// What to serve it as, once or more:
+    /// nbd,path=SOCKET|tcp=ADDR:PORT[,name=N][,mode=0660][,group=G][,readonly]
+    /// vhost-user-blk,path=SOCKET[,name=N][,queues=2][,buffers=unstable|stable][,mode=][,group=][,readonly]
+    #[arg(long = "export", value_name = "TYPE,KEY=VALUE,…", required = true)]
+    exports: Vec<ExportSpec>,
+    /// Where members exclude each other: the one whose data is wanted
+    #[arg(long, value_name = "MEMBER")]
+    trust_member: Option<PathBuf>,
+    /// Buffer memory for all requests; load makes them wait, not memory grow
+    #[arg(long, default_value = "64MiB")]
+    pool: Bytes,
+    /// Memory for cached checksums
+    #[arg(long, default_value = "32MiB")]
+    tuple_cache: Bytes,
+}
+
+#[derive(Args)]
+struct ListArgs {
+    /// Where to look
+    #[arg(default_value = ".")]
+    dirs: Vec<PathBuf>,
+    /// For programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ExamineArgs {
+    /// The member
+    member: PathBuf,
+    /// For programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct StatusArgs {
+    /// Only the server of this name
+    name: Option<String>,
+    /// For programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct TortureArgs {
+    /// Redundancy of the array to build
+    #[arg(long, value_enum, default_value = "raid5")]
+    level: LevelArg,
+    /// How long
+    #[arg(long, default_value_t = 10, conflicts_with = "writes")]
+    seconds: u64,
+    /// How many raced writes instead
+    #[arg(long)]
+    writes: Option<u64>,
+    /// Declare the memory stable, which is a lie here: the twin that must fail
+    #[arg(long)]
+    unprotected: bool,
+    /// Where to build the array; a directory in memory if there is one
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// For programs
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct DemoArgs {
+    /// How long the proof takes, both halves together
+    #[arg(long, default_value_t = 10)]
+    seconds: u64,
+    /// Where to put the small array
+    #[arg(long, default_value = "stableio-demo")]
+    dir: PathBuf,
+    /// Only the proof, no array to try
+    #[arg(long)]
+    proof_only: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LevelArg {
+    /// One member, checksums only
+    Single,
+    /// 3 to 16 members, any one may fail
+    Raid5,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ChecksumArg {
+    /// CRC-64 as in NVMe protection information
+    Crc64Nvme,
+}
+
+impl From<LevelArg> for Level {
+    fn from(arg: LevelArg) -> Self {
+        match arg {
+            LevelArg::Single => Level::Single,
+            LevelArg::Raid5 => Level::Raid5,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    // A reader that goes away (`| head`) ends the command quietly.
+    // SAFETY: sets a disposition before any thread runs.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let result = match Cli::parse().command {
+        Command::Create(args) => create::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::List(args) => show::list(&args.dirs, args.json),
+        Command::Examine(args) => show::examine(&args.member, args.json),
+        Command::Status(args) => status::run(args.name.as_deref(), args.json),
+        Command::Torture(_) | Command::Demo(_) => Ok(ExitCode::SUCCESS),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("stableio: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

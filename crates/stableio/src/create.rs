@@ -1,0 +1,37 @@
+//! `stableio create`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use stableio_array::{CreateOptions, create};
+use stableio_mem::Bytes;
+
+use crate::CreateArgs;
+
+pub(crate) fn run(args: CreateArgs) -> Result<ExitCode> {
+    // The only one there is; the argument is parsed so that scripts may name it.
+    let crate::ChecksumArg::Crc64Nvme = args.checksum;
+    let options = CreateOptions {
+        name: args.name,
+        level: args.level.into(),
+        chunk: args.chunk.0,
+        member_size: args.member_size.map(|size| size.0),
+        members: args.members,
+        force: args.force,
+    };
+    let superblock = create(&options)?;
+    let g = superblock.geometry;
+    println!(
+        "created '{}': {}, {} members of {}, chunk {}, {} to use",
+        superblock.name,
+        g.level.name(),
+        g.members,
+        Bytes(g.member_size),
+        Bytes(g.chunk_bytes()),
+        Bytes(g.size()),
+    );
+    let members: Vec<_> = options.members.iter().map(|m| m.display().to_string()).collect();
+    println!("serve it:  stableio serve {} --export nbd,path={}.sock", members.join(" "), superblock.name);
+    eprintln!("note: experimental format, do not keep your only copy here");
+    Ok(ExitCode::SUCCESS)
+}

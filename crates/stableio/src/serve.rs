@@ -1,0 +1,286 @@
+//! `stableio serve`: an array, or an image as it is, until a signal.
+//!
+//! SERVE-1: sockets are made before a member is opened for writing, so that a
+//! wrong path changes nothing.
+//!
+//! SERVE-2: at the end exports stop first, their requests settle, then the
+//! array is flushed and marked as shut down.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use stableio_array::array::ArrayOptions;
+use stableio_array::{Array, Health, Superblock};
+use stableio_block::dev::{FileDevice, OpenOptions};
+use stableio_block::path::Traffic;
+use stableio_block::{Device, Stack, Worker};
+use stableio_front::nbd::{Export, NbdServer};
+use stableio_front::socket::Listener;
+use stableio_front::vhost_user_blk::{self, VhostUserBlk};
+use stableio_mem::{Bytes, Grant, Pool};
+
+use crate::export::{Address, ExportSpec, Protocol, hints};
+use crate::status::{self, Served};
+use crate::{ServeArgs, members};
+
+/// The least memory that every shape of request fits into.
+const LEAST_POOL: u64 = 16 << 20;
+/// Entries of a virtqueue, at most.
+const QUEUE_SIZE: u16 = 256;
+
+/// What is served, and how to end it.
+struct Source {
+    name: String,
+    device: Arc<dyn Device>,
+    traffic: Arc<Traffic>,
+    health: Option<Arc<Health>>,
+    superblock: Option<Superblock>,
+    array: Option<Array>,
+    notes: Vec<String>,
+}
+
+/// A running export.
+enum Running {
+    Nbd(NbdServer),
+    Vhost { server: VhostUserBlk, _socket: Listener },
+}
+
+pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
+    if args.pool.0 < LEAST_POOL {
+        bail!("--pool {}: at least {} is needed", args.pool, Bytes(LEAST_POOL));
+    }
+    // Before any thread runs, so that all inherit it: signals are waited for.
+    let signals = Signals::block();
+    let listeners = listeners(&args.exports)?;
+    let worker = Worker::start("stableio-0").context("start a worker (io_uring)")?;
+    let source = match &args.raw {
+        Some(path) => open_raw(path, &args, &worker)?,
+        None => open_array(&args, &worker)?,
+    };
+    for note in &source.notes {
+        eprintln!("stableio: {note}");
+    }
+    if let Some(health) = &source.health {
+        health.observe(|event| eprintln!("stableio: {event}"));
+    }
+    let pool = Pool::new(args.pool.0 as usize).context("reserve the buffer pool")?;
+    let stack = Stack::new(&source.name, source.device.clone(), pool.clone(), worker.handle().clone())
+        .with_traffic(source.traffic.clone());
+    let names = names(&args.exports, &source.name)?;
+    let running = start(&args.exports, &names, listeners, &stack, &worker)?;
+
+    let served = Served {
+        name: source.name.clone(),
+        started: Instant::now(),
+        superblock: source.superblock.clone(),
+        health: source.health.clone(),
+        traffic: source.traffic.clone(),
+        pool,
+        size: stack.limits().size,
+        exports: args.exports.iter().zip(&names).flat_map(|(spec, name)| hints(spec, name)).collect(),
+    };
+    let control = status::Server::start(served);
+    if let Err(error) = &control {
+        eprintln!("stableio: status will not be answered: {error:#}");
+    }
+    announce(&source, &args.exports, &names);
+
+    let signal = signals.wait();
+    eprintln!("stableio: {signal}: letting requests settle, then flushing");
+    drop(control);
+    for export in running {
+        match export {
+            Running::Nbd(server) => server.stop(),
+            Running::Vhost { server, .. } => server.stop(),
+        }
+    }
+    finish(source, &stack)?;
+    eprintln!("stableio: shut down cleanly");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open_array(args: &ServeArgs, worker: &Worker) -> Result<Source> {
+    let assembly = members::plan(&args.members, args.trust_member.as_deref())?;
+    let options = ArrayOptions { page_cache: args.tuple_cache.0 as usize };
+    let array = Array::open(&assembly, options, worker.handle())?;
+    let mut notes = array.notes().to_vec();
+    notes.extend(array.health().events());
+    notes.push("experimental format, do not keep your only copy here".to_owned());
+    Ok(Source {
+        name: array.superblock().name.clone(),
+        device: array.device().clone(),
+        traffic: array.traffic().clone(),
+        health: Some(array.health().clone()),
+        superblock: Some(array.superblock().clone()),
+        array: Some(array),
+        notes,
+    })
+}
+
+fn open_raw(path: &Path, args: &ServeArgs, worker: &Worker) -> Result<Source> {
+    if stableio_array::probe(path).is_ok() {
+        bail!("{}: is a member of an array; serve the array, without --raw", path.display());
+    }
+    let read_only = args.exports.iter().all(|e| e.read_only);
+    let options = OpenOptions { read_only, ..OpenOptions::default() };
+    let device = FileDevice::open(path, &options, worker.handle().clone()).map_err(|error| match error.errno() {
+        libc::EBUSY => anyhow::anyhow!("{}: in use by another process (locked); stop that one first", path.display()),
+        _ => error.into(),
+    })?;
+    if device.limits().size == 0 {
+        bail!("{}: is empty; there is nothing to serve", path.display());
+    }
+    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    let plain: String = stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
+    let name = plain.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned();
+    let notes = device.notes().to_vec();
+    let name = if name.is_empty() { "raw".to_owned() } else { name };
+    let traffic = Arc::default();
+    Ok(Source { name, device: Arc::new(device), traffic, health: None, superblock: None, array: None, notes })
+}
+
+/// SERVE-1. NBD exports of the same address share a listener.
+fn listeners(exports: &[ExportSpec]) -> Result<Vec<Option<Listener>>> {
+    let mut seen: Vec<&ExportSpec> = Vec::new();
+    let mut listeners = Vec::new();
+    for spec in exports {
+        if let Some(first) = seen.iter().find(|s| s.address == spec.address) {
+            if first.protocol != Protocol::Nbd || spec.protocol != Protocol::Nbd {
+                bail!("two exports at one address: only NBD exports, of different names, can share one");
+            }
+            listeners.push(None);
+            continue;
+        }
+        seen.push(spec);
+        let listener = match &spec.address {
+            Address::Unix(path) => Listener::unix(path, &spec.access)?,
+            Address::Tcp(address) => Listener::tcp(*address, false)?,
+        };
+        if let Some(note) = listener.note() {
+            eprintln!("stableio: {note}");
+        }
+        listeners.push(Some(listener));
+    }
+    Ok(listeners)
+}
+
+/// The names of the exports: given, or the source's.
+fn names(exports: &[ExportSpec], default: &str) -> Result<Vec<String>> {
+    let names: Vec<String> = exports.iter().map(|e| e.name.clone().unwrap_or_else(|| default.to_owned())).collect();
+    for (i, name) in names.iter().enumerate() {
+        let same = |j: &usize| names[*j] == *name && exports[*j].address == exports[i].address;
+        if (0..i).any(|j| same(&j)) {
+            bail!("two exports called '{name}' at one address: give each a name=");
+        }
+    }
+    Ok(names)
+}
+
+fn start(
+    exports: &[ExportSpec],
+    names: &[String],
+    listeners: Vec<Option<Listener>>,
+    stack: &Stack,
+    worker: &Worker,
+) -> Result<Vec<Running>> {
+    let log: vhost_user_blk::Log = Arc::new(|line: &str| eprintln!("stableio: {line}"));
+    let mut running = Vec::new();
+    for ((spec, name), listener) in exports.iter().zip(names).zip(listeners) {
+        // The first of those that share an address serves them all.
+        let Some(listener) = listener else { continue };
+        match &spec.protocol {
+            Protocol::Nbd => {
+                let mut shared = Vec::new();
+                for (other, name) in exports.iter().zip(names).filter(|(e, _)| e.address == spec.address) {
+                    let export = Export::of(name, stack.clone())?;
+                    let export = if other.read_only { export.with(|info| Ok(info.with_read_only()))? } else { export };
+                    shared.push(export);
+                }
+                let options = stableio_front::nbd::Options { log: log.clone(), ..Default::default() };
+                running.push(Running::Nbd(NbdServer::start(shared, listener, worker.handle(), options)));
+            }
+            Protocol::VhostUserBlk { queues, stable } => {
+                let stack = match stable {
+                    true => stack.clone().with_grant(Grant::by_administrator()),
+                    false => stack.clone(),
+                };
+                let options = vhost_user_blk::Options {
+                    serial: name.clone(),
+                    queues: *queues,
+                    queue_size: QUEUE_SIZE,
+                    read_only: spec.read_only,
+                    log: log.clone(),
+                };
+                let socket = UnixListener::from(listener.as_fd().try_clone_to_owned()?);
+                let server = VhostUserBlk::start(socket, stack, options)?;
+                running.push(Running::Vhost { server, _socket: listener });
+            }
+        }
+    }
+    Ok(running)
+}
+
+fn announce(source: &Source, exports: &[ExportSpec], names: &[String]) {
+    let what = match &source.superblock {
+        Some(sb) => format!("{} of {} members", sb.geometry.level.name(), sb.geometry.members),
+        None => "as it is".to_owned(),
+    };
+    println!("serving '{}' ({what}), {}", source.name, Bytes(source.device.limits().size));
+    for (spec, name) in exports.iter().zip(names) {
+        for line in hints(spec, name) {
+            println!("  {line}");
+        }
+        if matches!(spec.protocol, Protocol::VhostUserBlk { stable: true, .. }) {
+            println!("  (its buffers are declared stable: a guest that changes them in flight can damage data)");
+        }
+    }
+    println!("Ctrl-C or SIGTERM ends it");
+    use std::io::Write;
+    let _ = std::io::stdout().flush();
+}
+
+/// SERVE-2.
+fn finish(source: Source, stack: &Stack) -> Result<()> {
+    match source.array {
+        Some(array) => array.close().context("the array could not be shut down cleanly")?,
+        None => drop(stack.submit(stableio_block::Request::flush()).wait().context("flush")?),
+    }
+    Ok(())
+}
+
+/// SIGINT and SIGTERM, taken by waiting instead of by a handler.
+pub(crate) struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks them in this thread and all that it will start.
+    pub(crate) fn block() -> Self {
+        // SAFETY: `set` is initialised by `sigemptyset` before it is used;
+        // the calls touch nothing else.
+        unsafe {
+            let mut set = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, libc::SIGINT);
+            libc::sigaddset(&raw mut set, libc::SIGTERM);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            Self(set)
+        }
+    }
+
+    /// Waits for the first; gives its name.
+    pub(crate) fn wait(&self) -> &'static str {
+        let mut signal = 0;
+        // SAFETY: the set was made by `block`.
+        while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
+        if signal == libc::SIGINT { "interrupted" } else { "terminated" }
+    }
+}
+
+/// For `demo`: serves the members in a directory.
+pub(crate) fn demo_args(members: Vec<PathBuf>, exports: Vec<ExportSpec>) -> ServeArgs {
+    ServeArgs { members, raw: None, exports, trust_member: None, pool: Bytes(64 << 20), tuple_cache: Bytes(32 << 20) }
+}
