@@ -25,11 +25,20 @@ use std::sync::atomic::Ordering;
 type Versions = Vec<Tuple>;
 
 /// A column's block, as it was found.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Found {
     /// Matches this tuple, and counts in parity as it is in the row buffer.
     Valid(Tuple),
-    /// Missing, unreadable, or matches nothing.
-    Unknown,
+    /// Was read and matches no version.
+    Mismatch,
+    /// Its member is missing or did not give it.
+    Absent,
+}
+
+impl Found {
+    fn is_unknown(self) -> bool {
+        !matches!(self, Found::Valid(_))
+    }
 }
 
 impl Engine {
@@ -58,11 +67,11 @@ impl Engine {
     ) -> Result<(), Kind> {
         let set = self.page(stripe, row).await?;
         let place = |column| Place { stripe, row, column };
+        // By column: the page's tuple, its other copy if that differs, and of
+        // the last record new and old. Earlier records had settled.
         let versions: Vec<Versions> = (0..self.geometry.columns())
             .map(|column| {
                 let on_page = [Some(set.tuple(place(column))), set.disputed(place(column))];
-                // The last record of a block is about the write that may have
-                // been under way; earlier ones had settled.
                 let last = records.iter().rev().find(|r| r.place.column == column);
                 on_page
                     .into_iter()
@@ -75,12 +84,23 @@ impl Engine {
         for (column, versions) in versions.iter().enumerate() {
             found.push(self.find(place(column), versions, buf).await);
         }
+        // Parity first: it may know what was acknowledged. Then what may be
+        // taken as unwritten; that may leave one for parity again.
+        self.rebuild_one(stripe, row, &versions, &mut found, buf).await;
+        for (column, versions) in versions.iter().enumerate() {
+            let on_page = [Some(set.tuple(place(column))), set.disputed(place(column))];
+            let never_acknowledged = on_page.iter().flatten().all(|t| t.state == State::Unwritten);
+            if let Some(tuple) = as_unwritten(found[column], versions, never_acknowledged) {
+                buf.zero(column * BLOCK..(column + 1) * BLOCK);
+                found[column] = Found::Valid(tuple);
+            }
+        }
         self.rebuild_one(stripe, row, &versions, &mut found, buf).await;
         let mut pages = Vec::new();
         for (column, found) in found.iter().enumerate() {
             let tuple = match found {
                 Found::Valid(tuple) => *tuple,
-                Found::Unknown => {
+                Found::Mismatch | Found::Absent => {
                     Health::add(&self.health.blocks_lost);
                     let block = self.block_number(place(column));
                     self.health.event(format!(
@@ -112,25 +132,21 @@ impl Engine {
     /// version it is.
     async fn find(&self, place: Place, versions: &[Tuple], buf: &mut PoolBuf) -> Found {
         let at = place.column * BLOCK;
-        let written = versions.iter().any(|t| t.state == State::Written);
+        // `versions` begins with the page's tuple and, where the log names the
+        // block, ends with new and old. A discard whose tuple arrived stays
+        // done, whatever the medium still holds: it may be acknowledged.
+        let newest = versions.iter().rev().nth(1).unwrap_or(&versions[0]);
+        if versions[0].state != State::Written && newest.state == versions[0].state {
+            buf.zero(at..at + BLOCK);
+            return Found::Valid(versions[0]);
+        }
         let member = self.geometry.data_member(place.stripe, place.column);
         let offset = self.geometry.member_offset(place.stripe, place.row);
-        if written && self.alive(member) && self.read_block(member, offset, buf, at).await {
-            let guard = guard_of(buf, at);
-            if let Some(tuple) = versions.iter().find(|t| t.matches(guard)) {
-                return Found::Valid(*tuple);
-            }
+        if !self.alive(member) || !self.read_block(member, offset, buf, at).await {
+            return Found::Absent;
         }
-        // A block that was unwritten before may be so again: the write that
-        // would have changed that was never acknowledged.
-        let unwritten = versions.iter().find(|t| t.state == State::Unwritten);
-        match unwritten {
-            Some(tuple) => {
-                buf.zero(at..at + BLOCK);
-                Found::Valid(*tuple)
-            }
-            None => Found::Unknown,
-        }
+        let guard = guard_of(buf, at);
+        versions.iter().find(|t| t.matches(guard)).map_or(Found::Mismatch, |t| Found::Valid(*t))
     }
 
     /// Where just one column is unknown, the parity may know it.
@@ -142,8 +158,7 @@ impl Engine {
         found: &mut [Found],
         buf: &mut PoolBuf,
     ) {
-        let unknown: Vec<usize> =
-            (0..found.len()).filter(|c| matches!(found[*c], Found::Unknown)).collect();
+        let unknown: Vec<usize> = (0..found.len()).filter(|c| found[*c].is_unknown()).collect();
         let (&[column], Some(parity)) = (&unknown[..], self.geometry.parity_member(stripe)) else {
             return;
         };
@@ -191,6 +206,21 @@ impl Engine {
     pub(crate) fn rows_recovered(&self) -> u64 {
         self.health.rows_recovered.load(Ordering::Relaxed)
     }
+}
+
+/// Whether an unknown block may be what it was before its first write.
+///
+/// One that was read and does not match: a settled write would be there, so
+/// the one that the log names had not arrived and was never acknowledged. One
+/// that is absent: only if no tuple of it was written, as tuples come before
+/// the acknowledgement.
+fn as_unwritten(found: Found, versions: &[Tuple], never_acknowledged: bool) -> Option<Tuple> {
+    let may_be = match found {
+        Found::Valid(_) => false,
+        Found::Mismatch => true,
+        Found::Absent => never_acknowledged,
+    };
+    versions.iter().copied().find(|t| may_be && t.state == State::Unwritten)
 }
 
 fn records_column(records: &[Record], column: usize) -> bool {

@@ -5,7 +5,10 @@
 //! | [`stabilize`] | [`StableBuf`] with guards and parity | anything |
 //! | [`promise`] (needs a [`Grant`]) | [`PromisedBuf`]: raw loads, never `&[u8]` | guards, parity, members |
 //! | [`verify_in_place`] | a [`Verdict`] only | answering a lazy read; never cache, repair, read-modify-write or a member's health |
-//! | [`copy_out`] | nothing | writing verified stable bytes into foreign memory |
+//! | [`copy_out`], [`zero_out`] | nothing | writing verified stable bytes into foreign memory |
+//!
+//! [`load`] is the first door in small: a guest's request header is loaded
+//! once into memory of ours, and only that is looked at.
 //!
 //! DOOR-1: [`stabilize`] loads each foreign byte once and in the same pass
 //! copies it, sums it and folds it into parity, so that the copy, its guards
@@ -96,7 +99,7 @@ pub fn stabilize(
             let (dst, room) = copy.at(lead + step.offset);
             let blocks = step.blocks.min(room / BLOCK);
             let direct = blocks.min(source.contiguous() / BLOCK);
-            if direct > 0 {
+            if direct > 0 && source.cuts_no_word(direct * BLOCK) {
                 let src = source.take(direct * BLOCK);
                 // SAFETY: `src` is a foreign range kept alive by `_keep`;
                 // `dst` has room for `direct` blocks and is ours alone; the
@@ -104,8 +107,9 @@ pub fn stabilize(
                 unsafe { onepass::stabilize_blocks(src, dst, &mut guards[..direct], step.parity)? };
                 return Ok(direct);
             }
-            // The block is pieced together from several segments: each byte
-            // is still loaded once; the sums are taken of the copy.
+            // The block is pieced together from several segments, or its edge
+            // cuts a word of the source: each byte is still loaded once; the
+            // sums are taken of the copy.
             source.copy_to(&mut copy, lead + step.offset, BLOCK)?;
             // SAFETY: `copy_to` just filled these bytes, contiguous as one
             // block never crosses an extent; nobody else writes to them.
@@ -127,6 +131,10 @@ pub fn stabilize(
 /// `data` must be congruent to `at` (see [`StableBuf::is_congruent`]).
 ///
 /// Takes [`Pass::parity_bytes`] of `memory`.
+///
+/// # Panics
+///
+/// When a block lies in two pieces: the data is not congruent.
 pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reservation) -> Sums {
     if !pass.guards {
         return Sums::default();
@@ -135,6 +143,7 @@ pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reserv
         let piece = data.slice(step.offset..step.offset + step.blocks * BLOCK);
         let first = piece.pieces().next().expect("at least a block");
         let blocks = first.len() / BLOCK;
+        assert!(blocks > 0, "the data is not congruent to {at}");
         // SAFETY: the parity pointer has room for `step.blocks` (see `Step`).
         unsafe {
             onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parity)
@@ -142,6 +151,30 @@ pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reserv
         Ok(blocks)
     });
     sums.expect("stable memory does not fault")
+}
+
+/// Loads a small foreign structure, as a request's header, into memory of
+/// ours: the first door for what is looked at and not stored. The handle is
+/// consumed.
+///
+/// # Errors
+///
+/// [`Fault`] when the memory vanished; a part of `into` may have been written.
+///
+/// # Panics
+///
+/// When the lengths differ.
+pub fn load(buf: ForeignBuf, into: &mut [u8]) -> Result<(), Fault> {
+    assert_eq!(buf.len(), into.len());
+    let mut rest = into;
+    for segment in buf.for_kernel() {
+        let (now, later) = rest.split_at_mut(segment.len);
+        // SAFETY: the segment is a foreign range kept alive by `buf`; `now` is
+        // ours alone and as long.
+        unsafe { onepass::copy_in(segment.addr as *const u8, now.as_mut_ptr(), segment.len)? };
+        rest = later;
+    }
+    Ok(())
 }
 
 /// The right to take an issuer's word that its memory stays unchanged.
@@ -324,6 +357,10 @@ pub fn copy_out(from: &StableBuf, buf: &ForeignBuf, to: usize) -> Result<(), Fau
 /// # Errors
 ///
 /// [`Fault`] when the memory vanished.
+///
+/// # Panics
+///
+/// When the range does not lie in the buffer.
 pub fn zero_out(buf: &ForeignBuf, to: usize, len: usize) -> Result<(), Fault> {
     assert!(to + len <= buf.len(), "{to}+{len} of {} bytes", buf.len());
     for segment in buf.range(to, len) {
@@ -391,11 +428,19 @@ fn sum_blocks(
 struct Cursor<'a> {
     segments: &'a [Segment],
     offset: usize,
+    /// The word that was loaded last, whole (DOOR-2), though fewer of its
+    /// bytes were asked for: its last `ahead` bytes are the next to give.
+    /// Only [`copy_to`](Self::copy_to) leaves such bytes, and takes them up.
+    word: [u8; WORD],
+    ahead: usize,
 }
+
+/// What DOOR-2 does not tear.
+const WORD: usize = 8;
 
 impl<'a> Cursor<'a> {
     fn new(segments: &'a [Segment]) -> Self {
-        Self { segments, offset: 0 }
+        Self { segments, offset: 0, word: [0; WORD], ahead: 0 }
     }
 
     /// Bytes up to the end of the current segment.
@@ -404,7 +449,25 @@ impl<'a> Cursor<'a> {
     }
 
     fn left(&self) -> usize {
-        self.segments.iter().map(|s| s.len).sum::<usize>() - self.offset
+        self.segments.iter().map(|s| s.len).sum::<usize>() - self.offset + self.ahead
+    }
+
+    /// Whether the next `len` bytes of the current segment begin and end
+    /// between words.
+    fn cuts_no_word(&self, len: usize) -> bool {
+        self.ahead == 0 && self.to_last_whole_word(len) == len
+    }
+
+    /// `len` bytes of the current segment, less the beginning of a word that
+    /// would be cut at their end. A word that the segment itself cuts does not
+    /// count.
+    fn to_last_whole_word(&self, len: usize) -> usize {
+        let Some(segment) = self.segments.first() else { return len };
+        let end = segment.addr + self.offset + len;
+        let word = end - end % WORD;
+        let is_cut = word < end && end < segment.addr + segment.len;
+        let is_whole = segment.addr <= word && word + WORD <= segment.addr + segment.len;
+        if is_cut && is_whole { len - (end - word) } else { len }
     }
 
     /// The address of the next `len` bytes of the current segment.
@@ -427,22 +490,48 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Loads the next `len` bytes into `dst` from byte `to` on.
+    /// Puts the next `len` bytes into `dst` from byte `to` on.
     fn copy_to(&mut self, dst: &mut PoolBuf, mut to: usize, mut len: usize) -> Result<(), Fault> {
         while len > 0 {
             let (ptr, room) = dst.at(to);
-            let now = len.min(room).min(self.contiguous());
-            // SAFETY: `take` gives a foreign range that the buffer's
-            // keep-alive holds; `ptr` has room for `now` bytes of ours.
-            unsafe { onepass::copy_in(self.take(now), ptr, now)? };
+            let room = len.min(room);
+            let now = if self.ahead > 0 {
+                let rest = &self.word[WORD - self.ahead..];
+                let now = rest.len().min(room);
+                // SAFETY: `ptr` has room for `now` bytes of ours.
+                unsafe { ptr.copy_from_nonoverlapping(rest.as_ptr(), now) };
+                self.ahead -= now;
+                now
+            } else {
+                let now = self.to_last_whole_word(room.min(self.contiguous()));
+                if now == 0 {
+                    self.load_word()?;
+                    continue;
+                }
+                // SAFETY: `take` gives a foreign range that the buffer's
+                // keep-alive holds; `ptr` has room for `now` bytes of ours.
+                unsafe { onepass::copy_in(self.take(now), ptr, now)? };
+                now
+            };
             to += now;
             len -= now;
         }
         Ok(())
     }
 
+    /// Loads a word of which the next step takes only the first bytes.
+    fn load_word(&mut self) -> Result<(), Fault> {
+        // SAFETY: a foreign range as in `copy_to`; the target is ours.
+        unsafe { onepass::copy_in(self.take(WORD), self.word.as_mut_ptr(), WORD)? };
+        self.ahead = WORD;
+        Ok(())
+    }
+
     /// Guards and parity of up to `blocks` next blocks without keeping them;
     /// at least one. Says how many.
+    ///
+    /// It may cut words at the edges of blocks: of what it loads here only a
+    /// verdict is made, or sums of bytes that are promised not to change.
     fn sample(
         &mut self,
         blocks: usize,

@@ -22,6 +22,8 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
 
+use smallvec::SmallVec;
+
 use crate::error::PoolTooSmall;
 use crate::foreign::{Segment, Segments, clip};
 use crate::sg::SgList;
@@ -141,23 +143,30 @@ impl Pool {
             state.buddy.free((extent.addr - self.arena.addr) / BLOCK, extent.len / BLOCK);
         }
         state.unreserved += blocks;
-        state.grant();
+        let granted = state.grant();
+        drop(state);
+        granted.into_iter().for_each(Waker::wake);
     }
 }
 
 impl State {
     /// Grants what fits, oldest first, and stops at the first that does not.
-    fn grant(&mut self) {
+    ///
+    /// Returns whom to wake once the lock is released: a waker is the code of
+    /// somebody's executor, which may come back here, even with a buffer that
+    /// it drops.
+    #[must_use]
+    fn grant(&mut self) -> SmallVec<[Waker; 4]> {
+        let mut granted = SmallVec::new();
         for waiter in self.waiters.iter_mut().skip_while(|w| w.granted) {
             if waiter.blocks > self.unreserved {
                 break;
             }
             self.unreserved -= waiter.blocks;
             waiter.granted = true;
-            if let Some(waker) = waiter.waker.take() {
-                waker.wake();
-            }
+            granted.extend(waiter.waker.take());
         }
+        granted
     }
 }
 
@@ -176,7 +185,10 @@ impl Future for Reserve<'_> {
         if self.id.is_none() {
             state.next_waiter += 1;
             state.waiters.push_back(Waiter { id, blocks, granted: false, waker: None });
-            state.grant();
+            // Whoever stands in front was granted before if it fits, so this
+            // is about us alone, who run.
+            let granted = state.grant();
+            debug_assert!(granted.is_empty(), "POOL-3: nobody was overlooked");
         }
         let index = state.waiters.iter().position(|w| w.id == id).expect("still queued");
         if state.waiters[index].granted {
@@ -187,8 +199,10 @@ impl Future for Reserve<'_> {
             self.blocks = 0;
             return Poll::Ready(Reservation { pool, blocks });
         }
-        state.waiters[index].waker = Some(cx.waker().clone());
+        let earlier = state.waiters[index].waker.replace(cx.waker().clone());
         drop(state);
+        // Not under the lock either, as in `State::grant`.
+        drop(earlier);
         self.id = Some(id);
         Poll::Pending
     }
@@ -198,13 +212,14 @@ impl Drop for Reserve<'_> {
     fn drop(&mut self) {
         let Some(id) = self.id else { return };
         let mut state = self.pool.lock();
-        if let Some(index) = state.waiters.iter().position(|w| w.id == id) {
-            let waiter = state.waiters.remove(index).expect("just found");
-            if waiter.granted {
-                state.unreserved += waiter.blocks;
-            }
-            state.grant();
+        let Some(index) = state.waiters.iter().position(|w| w.id == id) else { return };
+        let waiter = state.waiters.remove(index).expect("just found");
+        if waiter.granted {
+            state.unreserved += waiter.blocks;
         }
+        let granted = state.grant();
+        drop(state);
+        granted.into_iter().for_each(Waker::wake);
     }
 }
 
@@ -378,8 +393,10 @@ impl PoolBuf {
     /// # Panics
     ///
     /// When a lent target is still out: the kernel might write to it yet.
-    pub fn freeze(self) -> StableBuf {
-        assert_eq!(Arc::strong_count(&self.inner), 1, "frozen while the kernel may still fill it");
+    pub fn freeze(mut self) -> StableBuf {
+        // `get_mut` also orders us after a lent target's drop elsewhere.
+        let alone = Arc::get_mut(&mut self.inner).is_some();
+        assert!(alone, "frozen while the kernel may still fill it");
         StableBuf::from_inner(self.inner)
     }
 }

@@ -31,7 +31,11 @@ pub(crate) fn run(args: CreateArgs) -> Result<ExitCode> {
         Bytes(g.size()),
     );
     let members: Vec<_> = options.members.iter().map(|m| m.display().to_string()).collect();
-    println!("serve it:  stableio serve {} --export nbd,path={}.sock", members.join(" "), superblock.name);
+    println!(
+        "serve it:  stableio serve {} --export nbd,path={}.sock",
+        members.join(" "),
+        superblock.name
+    );
     eprintln!("note: experimental format, do not keep your only copy here");
     Ok(ExitCode::SUCCESS)
 }

@@ -64,7 +64,8 @@ impl FromStr for ExportSpec {
             "vhost-user-blk" => Protocol::VhostUserBlk { queues: 1, stable: false },
             other => return bad(format!("'{other}' is no export type: nbd or vhost-user-blk")),
         };
-        let (mut name, mut address, mut access, mut read_only) = (None, None, UnixOptions::default(), false);
+        let (mut name, mut address, mut access, mut read_only) =
+            (None, None, UnixOptions::default(), false);
         for part in parts {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
             match (key, &mut protocol) {
@@ -80,7 +81,10 @@ impl FromStr for ExportSpec {
             }
         }
         let Some(address) = address else {
-            return bad(format!("{kind}: where? add path=SOCKET{}", if kind == "nbd" { " or tcp=127.0.0.1:10809" } else { "" }));
+            return bad(format!(
+                "{kind}: where? add path=SOCKET{}",
+                if kind == "nbd" { " or tcp=127.0.0.1:10809" } else { "" }
+            ));
         };
         Ok(Self { protocol, name, address, access, read_only })
     }
@@ -103,7 +107,9 @@ fn check_name(value: &str) -> Result<String, BadExport> {
 fn tcp(value: &str) -> Result<Address, BadExport> {
     match value.parse::<SocketAddr>() {
         Ok(address) => Ok(Address::Tcp(address)),
-        Err(_) => bad(format!("tcp '{value}': write an address and a port, as 127.0.0.1:10809 or [::1]:10809")),
+        Err(_) => bad(format!(
+            "tcp '{value}': write an address and a port, as 127.0.0.1:10809 or [::1]:10809"
+        )),
     }
 }
 
@@ -122,7 +128,9 @@ fn group(value: &str) -> Result<u32, BadExport> {
     let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
     let found = groups.lines().find_map(|line| {
         let mut fields = line.split(':');
-        (fields.next() == Some(value)).then(|| fields.nth(1).and_then(|id| id.parse().ok())).flatten()
+        (fields.next() == Some(value))
+            .then(|| fields.nth(1).and_then(|id| id.parse().ok()))
+            .flatten()
     });
     found.map_or_else(|| bad(format!("group '{value}' does not exist")), Ok)
 }
@@ -146,7 +154,9 @@ fn buffers(value: &str) -> Result<bool, BadExport> {
     match value {
         "unstable" => Ok(false),
         "stable" => Ok(true),
-        other => bad(format!("buffers={other}: unstable (the default) or stable (you vouch for the guest)")),
+        other => bad(format!(
+            "buffers={other}: unstable (the default) or stable (you vouch for the guest)"
+        )),
     }
 }
 
@@ -184,11 +194,13 @@ mod tests {
 
     #[test]
     fn exports_are_parsed() {
-        let spec: ExportSpec = "nbd,name=vms,path=/run/x/nbd.sock,mode=0660,group=0".parse().unwrap();
+        let spec: ExportSpec =
+            "nbd,name=vms,path=/run/x/nbd.sock,mode=0660,group=0".parse().unwrap();
         assert_eq!(spec.name.as_deref(), Some("vms"));
         assert_eq!(spec.access, UnixOptions { mode: 0o660, group: Some(0) });
         assert_eq!(hints(&spec, "vms"), ["nbd+unix:///vms?socket=/run/x/nbd.sock"]);
-        let spec: ExportSpec = "vhost-user-blk,path=/x,queues=2,buffers=stable,readonly".parse().unwrap();
+        let spec: ExportSpec =
+            "vhost-user-blk,path=/x,queues=2,buffers=stable,readonly".parse().unwrap();
         assert_eq!(spec.protocol, Protocol::VhostUserBlk { queues: 2, stable: true });
         assert!(spec.read_only);
     }
@@ -196,9 +208,19 @@ mod tests {
     #[test]
     fn wrong_exports_are_refused_in_one_line() {
         for text in [
-            "", "iscsi,path=x", "nbd", "nbd,path=", "nbd,path=a,path=b", "nbd,path=a,queues=2", "nbd,path=a,mode=9",
-            "nbd,path=a,group=no-such-group", "nbd,tcp=localhost", "vhost-user-blk,tcp=127.0.0.1:1",
-            "vhost-user-blk,path=a,queues=0", "vhost-user-blk,path=a,buffers=maybe", "nbd,path=a,name=../x",
+            "",
+            "iscsi,path=x",
+            "nbd",
+            "nbd,path=",
+            "nbd,path=a,path=b",
+            "nbd,path=a,queues=2",
+            "nbd,path=a,mode=9",
+            "nbd,path=a,group=no-such-group",
+            "nbd,tcp=localhost",
+            "vhost-user-blk,tcp=127.0.0.1:1",
+            "vhost-user-blk,path=a,queues=0",
+            "vhost-user-blk,path=a,buffers=maybe",
+            "nbd,path=a,name=../x",
         ] {
             let error = text.parse::<ExportSpec>().expect_err(text);
             assert!(!error.0.contains('\n') && error.0.len() > 10, "{text}: {error}");

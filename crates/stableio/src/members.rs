@@ -32,7 +32,9 @@ pub(crate) fn plan(paths: &[PathBuf], trust: Option<&Path>) -> Result<Assembly> 
     }
     // A broken file in a directory is left out if the rest is enough.
     let mut assembly = match assemble(&probes, trust) {
-        Err(AssembleError::NoMembers) if !broken.is_empty() => return Err(broken.swap_remove(0).into()),
+        Err(AssembleError::NoMembers) if !broken.is_empty() => {
+            return Err(broken.swap_remove(0).into());
+        }
         other => other?,
     };
     assembly.notes.extend(broken.iter().map(|error| format!("WARNING: left out: {error}")));
@@ -56,7 +58,10 @@ pub(crate) fn look(dir: &Path) -> Result<Found> {
             Ok(probe) => found.members.push(probe),
             // Any other file may lie there too.
             Err(AssembleError::TooShort { .. }) => {}
-            Err(AssembleError::NotAMember { why: stableio_array::superblock::BadSuperblock::NotOurs, .. }) => {}
+            Err(AssembleError::NotAMember {
+                why: stableio_array::superblock::BadSuperblock::NotOurs,
+                ..
+            }) => {}
             Err(error) => found.refused.push(error),
         }
     }

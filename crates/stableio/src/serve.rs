@@ -69,8 +69,9 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
         health.observe(|event| eprintln!("stableio: {event}"));
     }
     let pool = Pool::new(args.pool.0 as usize).context("reserve the buffer pool")?;
-    let stack = Stack::new(&source.name, source.device.clone(), pool.clone(), worker.handle().clone())
-        .with_traffic(source.traffic.clone());
+    let stack =
+        Stack::new(&source.name, source.device.clone(), pool.clone(), worker.handle().clone())
+            .with_traffic(source.traffic.clone());
     let names = names(&args.exports, &source.name)?;
     let running = start(&args.exports, &names, listeners, &stack, &worker)?;
 
@@ -82,7 +83,12 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
         traffic: source.traffic.clone(),
         pool,
         size: stack.limits().size,
-        exports: args.exports.iter().zip(&names).flat_map(|(spec, name)| hints(spec, name)).collect(),
+        exports: args
+            .exports
+            .iter()
+            .zip(&names)
+            .flat_map(|(spec, name)| hints(spec, name))
+            .collect(),
     };
     let control = status::Server::start(served);
     if let Err(error) = &control {
@@ -128,20 +134,36 @@ fn open_raw(path: &Path, args: &ServeArgs, worker: &Worker) -> Result<Source> {
     }
     let read_only = args.exports.iter().all(|e| e.read_only);
     let options = OpenOptions { read_only, ..OpenOptions::default() };
-    let device = FileDevice::open(path, &options, worker.handle().clone()).map_err(|error| match error.errno() {
-        libc::EBUSY => anyhow::anyhow!("{}: in use by another process (locked); stop that one first", path.display()),
-        _ => error.into(),
+    let device = FileDevice::open(path, &options, worker.handle().clone()).map_err(|error| {
+        match error.errno() {
+            libc::EBUSY => anyhow::anyhow!(
+                "{}: in use by another process (locked); stop that one first",
+                path.display()
+            ),
+            _ => error.into(),
+        }
     })?;
     if device.limits().size == 0 {
         bail!("{}: is empty; there is nothing to serve", path.display());
     }
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    let plain: String = stem.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
+    let plain: String = stem
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
+        .collect();
     let name = plain.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned();
     let notes = device.notes().to_vec();
     let name = if name.is_empty() { "raw".to_owned() } else { name };
     let traffic = Arc::default();
-    Ok(Source { name, device: Arc::new(device), traffic, health: None, superblock: None, array: None, notes })
+    Ok(Source {
+        name,
+        device: Arc::new(device),
+        traffic,
+        health: None,
+        superblock: None,
+        array: None,
+        notes,
+    })
 }
 
 /// SERVE-1. NBD exports of the same address share a listener.
@@ -151,7 +173,9 @@ fn listeners(exports: &[ExportSpec]) -> Result<Vec<Option<Listener>>> {
     for spec in exports {
         if let Some(first) = seen.iter().find(|s| s.address == spec.address) {
             if first.protocol != Protocol::Nbd || spec.protocol != Protocol::Nbd {
-                bail!("two exports at one address: only NBD exports, of different names, can share one");
+                bail!(
+                    "two exports at one address: only NBD exports, of different names, can share one"
+                );
             }
             listeners.push(None);
             continue;
@@ -171,7 +195,8 @@ fn listeners(exports: &[ExportSpec]) -> Result<Vec<Option<Listener>>> {
 
 /// The names of the exports: given, or the source's.
 fn names(exports: &[ExportSpec], default: &str) -> Result<Vec<String>> {
-    let names: Vec<String> = exports.iter().map(|e| e.name.clone().unwrap_or_else(|| default.to_owned())).collect();
+    let names: Vec<String> =
+        exports.iter().map(|e| e.name.clone().unwrap_or_else(|| default.to_owned())).collect();
     for (i, name) in names.iter().enumerate() {
         let same = |j: &usize| names[*j] == *name && exports[*j].address == exports[i].address;
         if (0..i).any(|j| same(&j)) {
@@ -196,13 +221,25 @@ fn start(
         match &spec.protocol {
             Protocol::Nbd => {
                 let mut shared = Vec::new();
-                for (other, name) in exports.iter().zip(names).filter(|(e, _)| e.address == spec.address) {
+                for (other, name) in
+                    exports.iter().zip(names).filter(|(e, _)| e.address == spec.address)
+                {
                     let export = Export::of(name, stack.clone())?;
-                    let export = if other.read_only { export.with(|info| Ok(info.with_read_only()))? } else { export };
+                    let export = if other.read_only {
+                        export.with(|info| Ok(info.with_read_only()))?
+                    } else {
+                        export
+                    };
                     shared.push(export);
                 }
-                let options = stableio_front::nbd::Options { log: log.clone(), ..Default::default() };
-                running.push(Running::Nbd(NbdServer::start(shared, listener, worker.handle(), options)));
+                let options =
+                    stableio_front::nbd::Options { log: log.clone(), ..Default::default() };
+                running.push(Running::Nbd(NbdServer::start(
+                    shared,
+                    listener,
+                    worker.handle(),
+                    options,
+                )));
             }
             Protocol::VhostUserBlk { queues, stable } => {
                 let stack = match stable {
@@ -236,7 +273,9 @@ fn announce(source: &Source, exports: &[ExportSpec], names: &[String]) {
             println!("  {line}");
         }
         if matches!(spec.protocol, Protocol::VhostUserBlk { stable: true, .. }) {
-            println!("  (its buffers are declared stable: a guest that changes them in flight can damage data)");
+            println!(
+                "  (its buffers are declared stable: a guest that changes them in flight can damage data)"
+            );
         }
     }
     println!("Ctrl-C or SIGTERM ends it");
@@ -282,5 +321,12 @@ impl Signals {
 
 /// For `demo`: serves the members in a directory.
 pub(crate) fn demo_args(members: Vec<PathBuf>, exports: Vec<ExportSpec>) -> ServeArgs {
-    ServeArgs { members, raw: None, exports, trust_member: None, pool: Bytes(64 << 20), tuple_cache: Bytes(32 << 20) }
+    ServeArgs {
+        members,
+        raw: None,
+        exports,
+        trust_member: None,
+        pool: Bytes(64 << 20),
+        tuple_cache: Bytes(32 << 20),
+    }
 }

@@ -78,7 +78,9 @@ fn array_json(probes: &[Probe]) -> serde_json::Value {
     let here = probes.iter().filter(|p| in_sync(newest, p)).count();
     let members: Vec<_> = probes
         .iter()
-        .map(|p| json!({ "path": p.path, "role": p.superblock.role, "in_sync": in_sync(newest, p) }))
+        .map(
+            |p| json!({ "path": p.path, "role": p.superblock.role, "in_sync": in_sync(newest, p) }),
+        )
         .collect();
     json!({
         "name": newest.name,
@@ -124,7 +126,14 @@ pub(crate) fn examine(path: &Path, as_json: bool) -> Result<ExitCode> {
     row("size", format!("{} of members of {}", Bytes(g.size()), Bytes(g.member_size)));
     row("generation", format!("{} (epoch {})", sb.generation, sb.epoch));
     row("shut down", if sb.in_use { "no: in use, or it crashed" } else { "yes" }.to_owned());
-    row("log", format!("{} from byte {}", Bytes(stableio_array::geometry::LOG_BLOCKS * 4096), stableio_array::geometry::LOG_AT));
+    row(
+        "log",
+        format!(
+            "{} from byte {}",
+            Bytes(stableio_array::geometry::LOG_BLOCKS * 4096),
+            stableio_array::geometry::LOG_AT
+        ),
+    );
     row("guards", format!("{} pages from byte {}", g.pages(), stableio_array::geometry::GUARDS_AT));
     row("data", format!("{} stripes from byte {}", g.stripes, g.data_at()));
     for (role, (id, state)) in sb.roles.iter().enumerate() {
@@ -133,7 +142,10 @@ pub(crate) fn examine(path: &Path, as_json: bool) -> Result<ExitCode> {
         row(&format!("role {role}"), format!("{id} {state}{this}"));
     }
     for copy in &probe.bad_copies {
-        row("note", format!("the {copy} superblock copy is damaged or old; serving the array mends it"));
+        row(
+            "note",
+            format!("the {copy} superblock copy is damaged or old; serving the array mends it"),
+        );
     }
     println!("{table}");
     Ok(ExitCode::SUCCESS)

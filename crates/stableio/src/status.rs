@@ -78,14 +78,20 @@ struct MemberReport {
 impl Served {
     fn report(&self) -> Report {
         let health = self.health.as_deref();
-        let count = |pick: fn(&Health) -> &std::sync::atomic::AtomicU64| health.map_or(0, |h| pick(h).load(Relaxed));
-        let members: Vec<MemberReport> = health.iter().flat_map(|h| &h.members).map(|m| MemberReport {
-            name: m.name.clone(),
-            in_sync: m.in_sync.load(Relaxed),
-            read_errors: m.read_errors.load(Relaxed),
-            write_errors: m.write_errors.load(Relaxed),
-            mismatches: m.mismatches.load(Relaxed),
-        }).collect();
+        let count = |pick: fn(&Health) -> &std::sync::atomic::AtomicU64| {
+            health.map_or(0, |h| pick(h).load(Relaxed))
+        };
+        let members: Vec<MemberReport> = health
+            .iter()
+            .flat_map(|h| &h.members)
+            .map(|m| MemberReport {
+                name: m.name.clone(),
+                in_sync: m.in_sync.load(Relaxed),
+                read_errors: m.read_errors.load(Relaxed),
+                write_errors: m.write_errors.load(Relaxed),
+                mismatches: m.mismatches.load(Relaxed),
+            })
+            .collect();
         let missing = members.iter().filter(|m| !m.in_sync).count();
         let state = match &self.superblock {
             None => "raw",
@@ -118,7 +124,10 @@ impl Served {
             failed: t.failed.load(Relaxed),
             pool_bytes: self.pool.size() as u64,
             pool_used_bytes: self.pool.used() as u64,
-            waiting: Stage::ALL.iter().map(|s| (format!("{s:?}").to_lowercase(), t.waiting(*s))).collect(),
+            waiting: Stage::ALL
+                .iter()
+                .map(|s| (format!("{s:?}").to_lowercase(), t.waiting(*s)))
+                .collect(),
             exports: self.exports.clone(),
             events: health.map(Health::events).unwrap_or_default(),
         }
@@ -196,7 +205,10 @@ fn directory() -> Result<PathBuf> {
     }
     let meta = std::fs::symlink_metadata(&dir).with_context(|| dir.display().to_string())?;
     if !meta.is_dir() || meta.uid() != uid.as_raw() || meta.permissions().mode() & 0o077 != 0 {
-        bail!("{}: must be a directory of yours that nobody else may enter (mode 0700)", dir.display());
+        bail!(
+            "{}: must be a directory of yours that nobody else may enter (mode 0700)",
+            dir.display()
+        );
     }
     Ok(dir)
 }
@@ -248,7 +260,8 @@ fn print(r: &Report) {
         r.uptime_seconds
     );
     if !r.members.is_empty() {
-        let mut members = table::table(["MEMBER", "STATE", "READ ERRORS", "WRITE ERRORS", "BAD BLOCKS"]);
+        let mut members =
+            table::table(["MEMBER", "STATE", "READ ERRORS", "WRITE ERRORS", "BAD BLOCKS"]);
         for m in &r.members {
             let state = if m.in_sync { "in sync" } else { "MISSING" };
             members.add_row([
@@ -263,7 +276,12 @@ fn print(r: &Report) {
         println!(
             "mended: {} blocks, {} tuples; lost reads: {}; recovered after a crash: {} rows, {} blocks lost; \
              buffers changed during reads: {}",
-            r.blocks_mended, r.tuples_mended, r.lost_reads, r.rows_recovered, r.blocks_lost_in_crash, r.benign_mismatches
+            r.blocks_mended,
+            r.tuples_mended,
+            r.lost_reads,
+            r.rows_recovered,
+            r.blocks_lost_in_crash,
+            r.benign_mismatches
         );
     }
     println!(
@@ -277,7 +295,8 @@ fn print(r: &Report) {
         r.failed
     );
     println!("memory: {} of {} in use", Bytes(r.pool_used_bytes), Bytes(r.pool_bytes));
-    let waiting: Vec<_> = r.waiting.iter().filter(|(_, n)| *n > 0).map(|(s, n)| format!("{n} in {s}")).collect();
+    let waiting: Vec<_> =
+        r.waiting.iter().filter(|(_, n)| *n > 0).map(|(s, n)| format!("{n} in {s}")).collect();
     if !waiting.is_empty() {
         println!("waiting: {}", waiting.join(", "));
     }
