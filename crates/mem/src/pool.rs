@@ -393,11 +393,12 @@ impl PoolBuf {
     /// # Panics
     ///
     /// When a lent target is still out: the kernel might write to it yet.
-    pub fn freeze(mut self) -> StableBuf {
+    pub fn freeze(self) -> StableBuf {
+        let mut inner = self.inner;
         // `get_mut` also orders us after a lent target's drop elsewhere.
-        let alone = Arc::get_mut(&mut self.inner).is_some();
+        let alone = Arc::get_mut(&mut inner).is_some();
         assert!(alone, "frozen while the kernel may still fill it");
-        StableBuf::from_inner(self.inner)
+        StableBuf::from_inner(inner)
     }
 }
 
