@@ -178,8 +178,8 @@ impl Stack {
             return self.fail(error);
         }
         self.count(&op);
-        let stack = self.clone();
         if !self.is_whole(&op) {
+            let stack = self.clone();
             return self.worker.spawn(move || async move { stack.in_pieces(op).await });
         }
         let need = self.need(&op);
@@ -188,12 +188,15 @@ impl Stack {
         }
         match self.pool.try_reserve(need) {
             Ok(Some(memory)) => self.go(op, Some(memory)),
-            Ok(None) => self.worker.spawn(move || async move {
-                let place = stack.traffic.enter(Stage::Reserve);
-                let memory = stack.pool.reserve(need).await.expect("smaller than the pool");
-                drop(place);
-                stack.go(op, Some(memory)).await
-            }),
+            Ok(None) => {
+                let stack = self.clone();
+                self.worker.spawn(move || async move {
+                    let place = stack.traffic.enter(Stage::Reserve);
+                    let memory = stack.pool.reserve(need).await.expect("smaller than the pool");
+                    drop(place);
+                    stack.go(op, Some(memory)).await
+                })
+            }
             Err(error) => self.fail(self.error(&op, error.into())),
         }
     }

@@ -1,3 +1,5 @@
 //! stableio-front
 
 pub mod nbd;
+pub mod socket;
+pub mod vhost_user_blk;
