@@ -1,7 +1,7 @@
 //! An array as a device.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -248,10 +248,10 @@ impl Device for ArrayDevice {
     }
 }
 
-fn open_member(path: &PathBuf, worker: &Handle) -> Result<FileDevice, OpenError> {
+fn open_member(path: &Path, worker: &Handle) -> Result<FileDevice, OpenError> {
     FileDevice::open(path, &OpenOptions::default(), worker.clone()).map_err(|error| {
         match error.kind {
-            Kind::System(libc::EBUSY) => AssembleError::InUse(path.clone()).into(),
+            Kind::System(libc::EBUSY) => AssembleError::InUse(path.into()).into(),
             _ => OpenError::Device(error),
         }
     })

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use stableio_mem::{BLOCK, Bytes};
 
-use crate::superblock::{BadSuperblock, Id, RoleState, Superblock};
+use crate::superblock::{BadSuperblock, RoleState, Superblock};
 
 /// What the superblock copies of a member say.
 #[derive(Debug, Clone)]
@@ -78,22 +78,18 @@ pub enum AssembleError {
     },
     /// Members of several arrays.
     #[error(
-        "{} belongs to array '{}' ({}), {} to '{}' ({}): serve one array at a time",
-        first.display(), first_name, first_id, second.display(), second_name, second_id
+        "{} belongs to array {}, {} to {}: serve one array at a time",
+        first.display(), first_array, second.display(), second_array
     )]
     DifferentArrays {
         /// A member.
         first: PathBuf,
-        /// Its array's name.
-        first_name: String,
-        /// Its array.
-        first_id: Id,
+        /// Its array's name and id.
+        first_array: String,
         /// Another member.
         second: PathBuf,
-        /// Its array's name.
-        second_name: String,
-        /// Its array.
-        second_id: Id,
+        /// Its array's name and id.
+        second_array: String,
     },
     /// One member twice.
     #[error("{} and {} are the same member: name each member once (a copy must not be served beside its original)", first.display(), second.display())]
@@ -278,11 +274,9 @@ fn one_array(probes: &[Probe]) -> Result<(), AssembleError> {
         if second.superblock.array != first.superblock.array {
             return Err(AssembleError::DifferentArrays {
                 first: first.path.clone(),
-                first_name: first.superblock.name.clone(),
-                first_id: first.superblock.array,
+                first_array: array_of(first),
                 second: second.path.clone(),
-                second_name: second.superblock.name.clone(),
-                second_id: second.superblock.array,
+                second_array: array_of(second),
             });
         }
         let same = |p: &&Probe| p.superblock.role == second.superblock.role;
@@ -294,6 +288,10 @@ fn one_array(probes: &[Probe]) -> Result<(), AssembleError> {
         }
     }
     Ok(())
+}
+
+fn array_of(probe: &Probe) -> String {
+    format!("'{}' ({})", probe.superblock.name, probe.superblock.array)
 }
 
 /// ASM-2.
@@ -321,6 +319,7 @@ fn calls_missing(superblock: &Superblock, other: &Probe) -> bool {
 mod tests {
     use super::*;
     use crate::geometry::{Geometry, Level};
+    use crate::superblock::Id;
 
     fn probes() -> Vec<Probe> {
         let geometry = Geometry::new(Level::Raid5, 3, 65536, 64 << 20).unwrap();

@@ -199,10 +199,10 @@ fn check(path: &Path, options: &CreateOptions) -> Result<Checked, CreateError> {
     if let Some(want) = options.member_size.filter(|want| *want != size && kind.is_file()) {
         return Err(CreateError::OtherSize { path: path.into(), size, want });
     }
-    if !options.force {
-        if let Some(what) = content(&file, size).map_err(|e| system("read", e))? {
-            return Err(CreateError::NotEmpty { path: path.into(), what });
-        }
+    if !options.force
+        && let Some(what) = content(&file, size).map_err(|e| system("read", e))?
+    {
+        return Err(CreateError::NotEmpty { path: path.into(), what });
     }
     Ok(Checked { path: path.into(), file: Some(file), size })
 }

@@ -175,11 +175,10 @@ impl Engine {
         let Some(tuple) = versions[column].iter().find(|t| t.matches(guard)) else { return };
         found[column] = Found::Valid(*tuple);
         let member = self.geometry.data_member(stripe, column);
-        if self.alive(member) {
-            if let Err(error) = self.write_member(member, offset, buf.target(at..at + BLOCK)).await
-            {
-                self.drop_member(member, &error);
-            }
+        if self.alive(member)
+            && let Err(error) = self.write_member(member, offset, buf.target(at..at + BLOCK)).await
+        {
+            self.drop_member(member, &error);
         }
     }
 

@@ -58,10 +58,10 @@ impl Engine {
             Health::add(&self.health.benign_mismatches);
             return Ok(());
         }
-        if let (Some(guard), Some(other)) = (own, set.disputed(place)) {
-            if other.matches(guard) {
-                return self.mend_tuple(place, other).await;
-            }
+        if let (Some(guard), Some(other)) = (own, set.disputed(place))
+            && other.matches(guard)
+        {
+            return self.mend_tuple(place, other).await;
         }
         let rebuilt = self.reconstruct(place, bench).await.then(|| guard_of(bench, REBUILT));
         let fits = |guard: u64| {

@@ -244,11 +244,11 @@ impl Engine {
             });
         }
         let parity_member = g.parity_member(band.stripe).filter(|m| self.alive(*m));
-        if let Some(member) = parity_member {
-            if let Some(parity) = self.parity(band, &merged, sheet).await? {
-                let at = g.member_offset(band.stripe, band.rows.start);
-                sheet.writes.push(MemberWrite { member, at, list: parity.source() });
-            }
+        if let Some(member) = parity_member
+            && let Some(parity) = self.parity(band, &merged, sheet).await?
+        {
+            let at = g.member_offset(band.stripe, band.rows.start);
+            sheet.writes.push(MemberWrite { member, at, list: parity.source() });
         }
         for (column, (cover, merged)) in band.covers.iter().zip(merged).enumerate() {
             let member = g.data_member(band.stripe, column);

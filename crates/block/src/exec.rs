@@ -149,10 +149,10 @@ impl Shared {
         let mut runnable = Some(runnable);
         // On the owner's thread the queue is at hand.
         let _ = CURRENT.try_with(|current| {
-            if let Some(current) = &*current.borrow() {
-                if Arc::ptr_eq(&current.shared, self) {
-                    current.queue.borrow_mut().extend(runnable.take());
-                }
+            if let Some(current) = &*current.borrow()
+                && Arc::ptr_eq(&current.shared, self)
+            {
+                current.queue.borrow_mut().extend(runnable.take());
             }
         });
         let Some(runnable) = runnable else { return };

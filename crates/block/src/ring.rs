@@ -31,6 +31,10 @@ pub const SLOTS: usize = 2048;
 /// Marks the completion of a cancellation, which nobody waits for.
 const CANCELLED: u64 = u64::MAX;
 
+/// `IORING_ENTER_GETEVENTS`: with deferred task work, completions are only
+/// posted when asked for.
+const ENTER_GETEVENTS: u32 = 1;
+
 thread_local! {
     static RING: RefCell<Option<Rc<Ring>>> = const { RefCell::new(None) };
 }
@@ -98,12 +102,12 @@ impl Ring {
         if wait || self.queued.replace(false) || self.in_kernel.get() > 0 {
             let queued = io.submission().len() as u32;
             let want = u32::from(wait);
-            let flags = io_uring_sys_enter_getevents();
             // SAFETY: no argument is passed beside the numbers; the queued
             // entries point into slots that stay until their completion
             // (RING-1).
-            let entered =
-                unsafe { io.submitter().enter::<libc::sigset_t>(queued, want, flags, None) };
+            let entered = unsafe {
+                io.submitter().enter::<libc::sigset_t>(queued, want, ENTER_GETEVENTS, None)
+            };
             match entered {
                 Ok(_) => {}
                 Err(e)
@@ -178,12 +182,6 @@ impl Ring {
     }
 }
 
-/// `IORING_ENTER_GETEVENTS`: with deferred task work, completions are only
-/// posted when asked for.
-fn io_uring_sys_enter_getevents() -> u32 {
-    1
-}
-
 impl Drop for Ring {
     fn drop(&mut self) {
         let idle: Vec<u16> = {
@@ -247,11 +245,8 @@ impl Drop for Operation {
 
 async fn operate(list: SgList, entry: impl FnOnce(&mut Slot) -> squeue::Entry) -> io::Result<u32> {
     let ring = RING.with(|r| r.borrow().clone()).expect("on a worker's thread");
-    let index = match ring.free.borrow_mut().pop() {
-        Some(index) => Some(index),
-        None => None,
-    };
-    let index = match index {
+    let free = ring.free.borrow_mut().pop();
+    let index = match free {
         Some(index) => index,
         None => ring.freed.wait_for(|| ring.free.borrow_mut().pop()).await,
     };

@@ -5,12 +5,14 @@
 //! anything.
 
 mod create;
+mod demo;
 mod export;
 mod members;
 mod serve;
 mod show;
 mod status;
 mod table;
+mod torture;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -129,10 +131,13 @@ struct TortureArgs {
     /// Redundancy of the array to build
     #[arg(long, value_enum, default_value = "raid5")]
     level: LevelArg,
+    /// Members of it; 3 for raid5 unless given
+    #[arg(long)]
+    members: Option<usize>,
     /// How long
     #[arg(long, default_value_t = 10, conflicts_with = "writes")]
     seconds: u64,
-    /// How many raced writes instead
+    /// Until so many writes were raced instead
     #[arg(long)]
     writes: Option<u64>,
     /// Declare the memory stable, which is a lie here: the twin that must fail
@@ -192,7 +197,8 @@ fn main() -> ExitCode {
         Command::List(args) => show::list(&args.dirs, args.json),
         Command::Examine(args) => show::examine(&args.member, args.json),
         Command::Status(args) => status::run(args.name.as_deref(), args.json),
-        Command::Torture(_) | Command::Demo(_) => Ok(ExitCode::SUCCESS),
+        Command::Torture(args) => demo::torture(args),
+        Command::Demo(args) => demo::run(args),
     };
     match result {
         Ok(code) => code,

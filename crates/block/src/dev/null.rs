@@ -1,15 +1,16 @@
 //! A device that takes everything and keeps nothing: for measuring.
 
-use stableio_mem::Pass;
+use stableio_mem::{Pass, SgList};
+use stableio_onepass as onepass;
 
+use crate::Outcome;
 use crate::device::Device;
+use crate::error::{Error, Kind, OpName};
 use crate::exec::{Handle, Ticket};
 use crate::limits::{Cache, Limits, Radius};
 use crate::request::{Extent, Into, Op, Reply, Request};
-use crate::{Outcome, error::Kind};
 
-/// Writes vanish; reads give zeros (into the pool) or leave the target as it
-/// is (elsewhere).
+/// Writes vanish; reads give zeros.
 pub struct NullDevice {
     limits: Limits,
     worker: Handle,
@@ -49,22 +50,31 @@ impl Device for NullDevice {
             match op {
                 Op::Read { into: Into::Pool(len), at } => {
                     let Some(mut memory) = memory else {
-                        let (kind, op) = (Kind::Unsupported, crate::OpName::Read);
-                        return Err(crate::Error {
-                            kind,
-                            op,
-                            device: "null".into(),
-                            at,
-                            len: len as u64,
-                        });
+                        return Err(failed(Kind::Unsupported, at, len));
                     };
                     let mut buf = memory.take(len);
                     buf.zero(0..len);
                     Ok(Reply::Data(buf.freeze()))
                 }
+                Op::Read { into: Into::Foreign(buf), at } => zero(&buf.into(), at),
+                Op::Read { into: Into::Segments(list), at } => zero(&list, at),
                 Op::Map { len, .. } => Ok(Reply::Map(vec![Extent { len, data: true }])),
                 _ => Ok(Reply::Done),
             }
         })
     }
+}
+
+fn zero(list: &SgList, at: u64) -> Outcome {
+    for segment in list.segments() {
+        // SAFETY: the list keeps the segment alive, and whoever made it wants
+        // it filled.
+        unsafe { onepass::zero_out(segment.addr as *mut u8, segment.len) }
+            .map_err(|fault| failed(fault.into(), at, list.len()))?;
+    }
+    Ok(Reply::Done)
+}
+
+fn failed(kind: Kind, at: u64, len: usize) -> Error {
+    Error { kind, op: OpName::Read, device: "null".into(), at, len: len as u64 }
 }

@@ -152,6 +152,7 @@ impl Connection {
         ended
     }
 
+    /// Takes requests until the client announces its leave or just leaves.
     async fn requests(&self, export: &ExportInfo, session: &Session) -> Result<(), Ended> {
         let mut inbox = Inbox::new(self.stream.clone(), self.stall);
         let mut turn = 0;

@@ -1,8 +1,8 @@
 //! The server: clients accepted, watched and let go.
 //!
 //! Everything runs as tasks of one worker. Per client there is a task that
-//! receives and one that sends ([`connection`](super::connection)); one task
-//! accepts, and one watches the clock for all.
+//! receives and one that sends (`connection.rs`); one task accepts, and one
+//! watches the clock for all.
 //!
 //! SERVER-1: no client waits for another. What a client can hold, of memory
 //! and of time, is bounded: connections by [`Options::max_connections`], a
