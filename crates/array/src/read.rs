@@ -114,12 +114,14 @@ impl Engine {
                 (self.read_member(read.member, read.at, read.list), read.member, read.pieces)
             })
             .collect();
-        let mut memory_fault = None;
+        // Every ticket is waited for, whatever fails: as long as one is out
+        // the kernel may still write into the target.
+        let mut failure = None;
         for (ticket, member, pieces) in begun {
             let failed = match ticket.await {
                 Ok(_) => false,
                 Err(error) if error.is_memory() => {
-                    memory_fault = Some(error.kind);
+                    failure = Some(error.kind);
                     continue;
                 }
                 Err(error) => {
@@ -128,11 +130,12 @@ impl Engine {
                 }
             };
             for piece in pieces {
-                self.judge(&piece, failed, &mut target, &mut aside).await?;
+                if let Err(kind) = self.judge(&piece, failed, &mut target, &mut aside).await {
+                    failure = Some(kind);
+                }
             }
         }
-        // Every ticket was waited for: the kernel no longer writes there.
-        if let Some(kind) = memory_fault {
+        if let Some(kind) = failure {
             return Err(kind);
         }
         drop(place);

@@ -288,6 +288,11 @@ impl Engine {
         payload: usize,
         sheet: &mut Sheet,
     ) -> Result<StableBuf, Kind> {
+        let place = Place { stripe: band.stripe, row: band.rows.start, column };
+        if sheet.set(&self.geometry, place.stripe, place.row).tuple(place).state == State::Lost {
+            // What the write leaves of it is gone; only a whole block mends it.
+            return Err(self.lost(place));
+        }
         let mut block = self.fetch(band.stripe, column, band.rows.clone(), sheet).await?;
         let Payload::Stable(new) = &sheet.payload else {
             unreachable!("what is not whole blocks was made stable above");

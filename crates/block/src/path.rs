@@ -276,6 +276,19 @@ impl Stack {
             }
     }
 
+    /// Whether stable memory goes down as it is: congruent, and what reaches
+    /// members (whole blocks, where sub-block ends are merged) aligned.
+    fn fits(&self, buf: &StableBuf, at: u64) -> bool {
+        let (align, len) = (self.limits().memory_align as usize, buf.len());
+        let (start, end) = match self.limits().pass.guards {
+            true => inner(at, len as u64, BLOCK as u64),
+            false => (at, at + len as u64),
+        };
+        let end = end.min(at + len as u64).max(start);
+        let whole = (start - at) as usize..(end - at) as usize;
+        buf.is_congruent(at, BLOCK) && (whole.is_empty() || buf.slice(whole).is_aligned(align))
+    }
+
     /// Stabilizes and submits a whole request.
     fn go(&self, op: Op, mut memory: Option<Reservation>) -> Ticket<Outcome> {
         let op = match op {
@@ -313,7 +326,7 @@ impl Stack {
             (body, _) => body,
         };
         match body {
-            Body::Stable(buf) if buf.is_aligned(align) && buf.is_congruent(at, BLOCK) => {
+            Body::Stable(buf) if self.fits(&buf, at) => {
                 let sums = doors::sums_of_stable(&buf, at, pass, memory);
                 Ok((Body::Stable(buf), sums))
             }
@@ -431,15 +444,61 @@ impl Stack {
     }
 
     async fn write_in_pieces(&self, mut at: u64, body: Body, fua: bool) -> Outcome {
-        let mut body = body;
+        let (mut body, mut memory) = match body {
+            Body::Foreign(buf) if self.cuts_a_word(&buf, at) => self.copy_whole(buf, at).await?,
+            body => (body, None),
+        };
         let mut pieces = Vec::new();
         while !body.is_empty() {
             let len = self.piece(at, body.len());
-            let piece = split_body(&mut body, len);
-            pieces.push(self.submit(Request::write(at, piece, fua)));
+            let mut piece = Request::write(at, split_body(&mut body, len), fua);
+            piece.memory =
+                memory.as_mut().map(|m: &mut Reservation| m.split(self.beside_payload(at, len)));
+            pieces.push(self.submit(piece));
             at += len as u64;
         }
         settle_all(pieces).await
+    }
+
+    /// Whether cutting at multiples of the largest transfer would cut an
+    /// aligned word of a segment: each half would be loaded with its own
+    /// piece, and what is stored might be a word that nobody wrote (DOOR-2).
+    fn cuts_a_word(&self, buf: &ForeignBuf, at: u64) -> bool {
+        let mut end = at;
+        buf.for_kernel().iter().any(|segment| {
+            let start = end;
+            end += segment.len as u64;
+            let first_cut = start + self.piece(start, usize::MAX) as u64;
+            first_cut < end && !(segment.addr as u64 + first_cut - start).is_multiple_of(8)
+        })
+    }
+
+    /// Copies a long write in one go, with the memory that all its pieces
+    /// need. Where the pool is too small for that it is left as it is: then
+    /// DOOR-2 holds in each piece, not across their cuts.
+    async fn copy_whole(
+        &self,
+        buf: ForeignBuf,
+        at: u64,
+    ) -> Result<(Body, Option<Reservation>), Error> {
+        let len = buf.len();
+        let mut need = Pass::payload_bytes(at, len);
+        let mut start = at;
+        while start < at + len as u64 {
+            let piece = self.piece(start, (at + len as u64 - start) as usize);
+            need += self.beside_payload(start, piece).next_multiple_of(BLOCK);
+            start += piece as u64;
+        }
+        let Ok(mut memory) = self.pool.reserve(need).await else {
+            return Ok((Body::Foreign(buf), None));
+        };
+        self.traffic.stabilized.fetch_add(1, Ordering::Relaxed);
+        let copied = doors::stabilize(buf, at, Pass::default(), &mut memory);
+        let (copy, _) = copied.map_err(|fault| {
+            let (kind, op, device) = (fault.into(), OpName::Write, self.name.clone());
+            Error { kind, op, device, at, len: len as u64 }
+        })?;
+        Ok((Body::Stable(copy), Some(memory)))
     }
 
     /// The sub-block ends as writes of zeros, the whole blocks as such.

@@ -11,16 +11,16 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use stableio_array::array::ArrayOptions;
-use stableio_array::{Array, Health, Superblock};
+use stableio_array::{Array, AssembleError, Health, OpenError, Superblock};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
 use stableio_block::{Device, Stack, Worker};
 use stableio_front::nbd::{Export, NbdServer};
-use stableio_front::socket::Listener;
+use stableio_front::socket::{Listener, SocketError};
 use stableio_front::vhost_user_blk::{self, VhostUserBlk};
 use stableio_mem::{Bytes, Grant, Pool};
 
@@ -30,6 +30,8 @@ use crate::{ServeArgs, members};
 
 /// The least memory that every shape of request fits into.
 const LEAST_POOL: u64 = 16 << 20;
+/// How long to wait for a server that was just killed.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Entries of a virtqueue, at most.
 const QUEUE_SIZE: u16 = 256;
 
@@ -113,7 +115,9 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
 fn open_array(args: &ServeArgs, worker: &Worker) -> Result<Source> {
     let assembly = members::plan(&args.members, args.trust_member.as_deref())?;
     let options = ArrayOptions { page_cache: args.tuple_cache.0 as usize };
-    let array = Array::open(&assembly, options, worker.handle())?;
+    let open = || Array::open(&assembly, options, worker.handle());
+    let array =
+        patiently(open, |error| matches!(error, OpenError::Assemble(AssembleError::InUse(_))))?;
     let mut notes = array.notes().to_vec();
     notes.extend(array.health().events());
     notes.push("experimental format, do not keep your only copy here".to_owned());
@@ -166,6 +170,23 @@ fn open_raw(path: &Path, args: &ServeArgs, worker: &Worker) -> Result<Source> {
     })
 }
 
+/// Tries again for a moment what a server that was just killed may still hold:
+/// the kernel lets go of its ring's files, locks and sockets a little later.
+fn patiently<T, E>(
+    mut attempt: impl FnMut() -> Result<T, E>,
+    is_in_use: impl Fn(&E) -> bool,
+) -> Result<T, E> {
+    let begun = Instant::now();
+    loop {
+        match attempt() {
+            Err(error) if is_in_use(&error) && begun.elapsed() < PATIENCE => {
+                std::thread::sleep(PATIENCE / 40)
+            }
+            done => return done,
+        }
+    }
+}
+
 /// SERVE-1. NBD exports of the same address share a listener.
 fn listeners(exports: &[ExportSpec]) -> Result<Vec<Option<Listener>>> {
     let mut seen: Vec<&ExportSpec> = Vec::new();
@@ -181,10 +202,11 @@ fn listeners(exports: &[ExportSpec]) -> Result<Vec<Option<Listener>>> {
             continue;
         }
         seen.push(spec);
-        let listener = match &spec.address {
-            Address::Unix(path) => Listener::unix(path, &spec.access)?,
-            Address::Tcp(address) => Listener::tcp(*address, false)?,
+        let listen = || match &spec.address {
+            Address::Unix(path) => Listener::unix(path, &spec.access),
+            Address::Tcp(address) => Listener::tcp(*address, false),
         };
+        let listener = patiently(listen, |error| matches!(error, SocketError::InUse(_)))?;
         if let Some(note) = listener.note() {
             eprintln!("stableio: {note}");
         }

@@ -164,7 +164,7 @@ fn fio_verifies_its_random_writes() -> io::Result<()> {
     // Four connections, each in a part of its own, since fio verifies only what is not
     // overwritten by another. Sizes from less than a block to more than a row.
     let several = [("numjobs", "4"), ("offset_increment", "32m"), ("rw", "randrw")];
-    let mixed = [("bssplit", "512/10:4k/40:12k/20:64k/20:256k/10"), ("bs_unaligned", "0")];
+    let mixed = [("bssplit", "512/10:4k/40:12k/20:64k/20:256k/10")];
     fio(&[&common[..], &several, &mixed].concat())?;
     // Read back and verified while the writes go on, with flushes between.
     let backlog = [("rw", "randwrite"), ("bs", "4k"), ("verify_backlog", "64"), ("fsync", "128")];

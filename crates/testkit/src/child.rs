@@ -101,15 +101,27 @@ impl Child {
     /// Asks the process to end (SIGTERM) and waits until it has.
     ///
     /// A process that does not end is killed, which is an error.
-    pub fn terminate(mut self) -> io::Result<Ended> {
+    pub fn terminate(self) -> io::Result<Ended> {
         self.signal(Signal::TERM)?;
-        let deadline = Instant::now() + PATIENCE;
+        self.wait()
+    }
+
+    /// Waits until the process ends by itself.
+    ///
+    /// One that does not is killed, which is an error.
+    pub fn wait(self) -> io::Result<Ended> {
+        self.wait_within(PATIENCE)
+    }
+
+    /// As [`wait`](Self::wait), for one that may take longer than a server takes to end.
+    pub fn wait_within(mut self, patience: Duration) -> io::Result<Ended> {
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(status) = self.process.try_wait()? {
                 return Ok(self.ended(status));
             }
             if Instant::now() > deadline {
-                return Err(self.failure("did not end after SIGTERM"));
+                return Err(self.failure("does not end"));
             }
             thread::sleep(POLL_INTERVAL);
         }

@@ -20,19 +20,27 @@
 //! }
 //! ```
 
+mod array;
 mod child;
 mod fio;
 mod peers;
+mod qemu_io;
+mod random;
 mod scratch;
 mod serve;
 mod tools;
 pub mod vhost;
 
+pub use array::{Raid5, bytes_taken, copy_sparse, first_difference};
 pub use child::{Child, Ended, is_listening};
 pub use rustix::process::Signal;
 
 pub use fio::{FioReport, fio};
 pub use peers::{Aio, HostIo, QemuNbd, StorageDaemon};
+pub use qemu_io::qemu_io;
+pub use random::Random;
 pub use scratch::Scratch;
-pub use serve::{Export, Serve, build_stableio, create, nbd_uri, stableio_bin};
-pub use tools::{require_tool, run_tool, skip, tool};
+pub use serve::{
+    Export, Serve, build_stableio, create, nbd_uri, run_stableio, stableio, stableio_bin, status,
+};
+pub use tools::{quick, require_tool, require_tools, run_tool, skip, tool};

@@ -1,9 +1,12 @@
-//! The command under test: `stableio create` and `stableio serve`.
+//! The command under test.
 
 use std::env;
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use serde_json::Value;
 
 use crate::{Child, Ended, Scratch, run_tool};
 
@@ -36,6 +39,35 @@ pub fn build_stableio() -> io::Result<PathBuf> {
         return Err(io::Error::other(format!("{cargo:?}: {status}")));
     }
     Ok(profile_dir.join("stableio"))
+}
+
+/// The command without arguments, living in the scratch directory: that is where its servers
+/// answer `status`, so that tests which run side by side do not see each other's.
+pub fn stableio(scratch: &Scratch) -> io::Result<Command> {
+    let mut command = Command::new(stableio_bin()?);
+    command.env("XDG_RUNTIME_DIR", scratch.dir());
+    Ok(command)
+}
+
+/// Runs `stableio ARG…` to its end, whatever that is.
+pub fn run_stableio<I, S>(scratch: &Scratch, args: I) -> io::Result<Ended>
+where
+    I: IntoIterator<Item = S>,
+    S: AsRef<OsStr>,
+{
+    let mut command = stableio(scratch)?;
+    command.args(args);
+    Child::spawn(command, scratch)?.wait()
+}
+
+/// What the only running server of this scratch directory answers to `stableio status --json`.
+pub fn status(scratch: &Scratch) -> io::Result<Value> {
+    let ended = run_stableio(scratch, ["status", "--json"])?;
+    let mut servers: Vec<Value> = serde_json::from_str(&ended.stdout)?;
+    match (servers.pop(), servers.is_empty()) {
+        (Some(server), true) => Ok(server),
+        _ => Err(io::Error::other(format!("not one server answers: {ended:?}"))),
+    }
 }
 
 /// Makes an array: `stableio create NAME OPTION… MEMBER…`.
@@ -92,7 +124,8 @@ impl Export {
         Export { kind, name, socket, options: String::new() }
     }
 
-    fn argument(&self) -> String {
+    /// What stands after `--export`.
+    pub fn argument(&self) -> String {
         let Export { kind, name, socket, options } = self;
         format!("{kind},name={name},path={}{options}", socket.display())
     }
@@ -105,16 +138,26 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Serves the array of these members, and returns when every export accepts connections.
+    /// Serves the array of these members, and returns when it does.
     pub fn array(scratch: &Scratch, members: &[PathBuf], exports: &[Export]) -> io::Result<Serve> {
-        let mut command = Command::new(stableio_bin()?);
-        command.arg("serve").args(members);
+        Self::array_with(scratch, &[], members, exports)
+    }
+
+    /// The same with more options, as in `&["--pool", "32MiB"]`.
+    pub fn array_with(
+        scratch: &Scratch,
+        options: &[&str],
+        members: &[PathBuf],
+        exports: &[Export],
+    ) -> io::Result<Serve> {
+        let mut command = stableio(scratch)?;
+        command.arg("serve").args(options).args(members);
         Self::start(scratch, command, exports)
     }
 
-    /// Serves an existing image as it is, and returns when every export accepts connections.
+    /// Serves an existing image as it is, and returns when it does.
     pub fn raw(scratch: &Scratch, image: &Path, exports: &[Export]) -> io::Result<Serve> {
-        let mut command = Command::new(stableio_bin()?);
+        let mut command = stableio(scratch)?;
         command.arg("serve").arg("--raw").arg(image);
         Self::start(scratch, command, exports)
     }
@@ -139,9 +182,8 @@ impl Serve {
             command.arg("--export").arg(export.argument());
         }
         let mut child = Child::spawn(command, scratch)?;
-        for export in exports {
-            child.wait_for_socket(&export.socket)?;
-        }
+        // Its sockets exist before its array is open; this line comes when both are there.
+        child.wait_for_line("Ctrl-C or SIGTERM ends it")?;
         Ok(Serve { child })
     }
 }

@@ -25,9 +25,19 @@ pub fn require_tool(name: &str) -> Option<PathBuf> {
     path
 }
 
+/// Whether all of these are installed; says which one is not with [`skip`].
+pub fn require_tools(names: &[&str]) -> bool {
+    names.iter().all(|name| require_tool(name).is_some())
+}
+
+/// Whether long tests are to be short (`STABLEIO_QUICK=1`).
+pub fn quick() -> bool {
+    env::var_os("STABLEIO_QUICK").is_some_and(|value| value != "0")
+}
+
 /// Runs a program to its end and returns its standard output.
 ///
-/// An exit status other than success is an error that quotes the program's standard error.
+/// An exit status other than success is an error that quotes what the program said.
 pub fn run_tool<I, S>(program: &Path, args: I) -> io::Result<String>
 where
     I: IntoIterator<Item = S>,
@@ -38,8 +48,10 @@ where
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(format!("{command:?}: {}\n{}", output.status, stderr.trim_end())))
+    // Both: some programs say on standard output what is wrong.
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    Err(io::Error::other(format!("{command:?}: {}\n{}", output.status, said.trim_end())))
 }
 
 /// Says that the calling test can not run here, and why. The test then returns.

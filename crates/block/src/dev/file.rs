@@ -8,6 +8,7 @@
 //! FILE-2: a file that is open is locked (an OFD lock; `O_EXCL` on block
 //! devices), so that no two processes write to one member.
 
+use std::cell::Cell;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -28,10 +29,38 @@ use crate::{Outcome, ring};
 
 /// Bytes of the largest single transfer.
 const MAX_TRANSFER: u32 = 1 << 20;
-/// On a file system in memory, transfers up to this are done by the worker
-/// itself: a copy of this size takes less time than handing it over
-/// (docs/adr/0004).
+/// On a file system in memory a transfer is a copy, which io_uring hands to a
+/// thread of the kernel's. Up to this many bytes the worker copies itself:
+/// that takes less time than handing over (docs/adr/0004).
 const IN_PLACE: usize = 32 << 10;
+/// Longer ones are handed over while at most this many are; then the worker
+/// copies too, instead of queueing behind that thread.
+const HANDED_OVER: usize = 2;
+
+thread_local! {
+    /// Transfers of files in memory that this worker has handed over.
+    static HANDED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// One transfer that was handed over; counted until it is dropped.
+struct HandedOver;
+
+impl HandedOver {
+    /// Unless the worker should do a transfer of so many bytes itself.
+    fn take(len: usize) -> Option<Self> {
+        let handed = HANDED.get();
+        (len > IN_PLACE && handed < HANDED_OVER).then(|| {
+            HANDED.set(handed + 1);
+            Self
+        })
+    }
+}
+
+impl Drop for HandedOver {
+    fn drop(&mut self) {
+        HANDED.set(HANDED.get() - 1);
+    }
+}
 
 /// How to open a [`FileDevice`].
 #[derive(Debug, Clone, Default)]
@@ -186,7 +215,8 @@ impl Inner {
     }
 
     async fn read(&self, mut list: SgList, mut at: u64) -> Result<(), Kind> {
-        if self.in_memory && list.len() <= IN_PLACE {
+        let handed = HandedOver::take(list.len());
+        if self.in_memory && handed.is_none() {
             return in_place(&list, |iov, count| {
                 // SAFETY: `list` keeps the segments alive during the call.
                 unsafe { libc::preadv(self.file.as_raw_fd(), iov, count, at as libc::off_t) }
@@ -213,7 +243,8 @@ impl Inner {
     }
 
     async fn write(&self, mut list: SgList, mut at: u64, durable: bool) -> Result<(), Kind> {
-        if self.in_memory && list.len() <= IN_PLACE {
+        let handed = HandedOver::take(list.len());
+        if self.in_memory && handed.is_none() {
             return in_place(&list, |iov, count| {
                 // SAFETY: `list` keeps the segments alive during the call.
                 unsafe { libc::pwritev(self.file.as_raw_fd(), iov, count, at as libc::off_t) }

@@ -29,6 +29,8 @@ pub use workload::{Op, Order, Throughput, Workload};
 
 use queue::{QUEUE_SIZE, Slot};
 
+use crate::Random;
+
 type Transport = dyn VirtioTransport<VirtioBlkConfig, Slot>;
 
 /// The largest request of [`Guest::fill`].
@@ -150,9 +152,9 @@ impl Guest {
     }
 
     fn scramble(&self, bytes: usize) {
-        let mut state = 1;
+        let mut random = Random::new(1);
         for word in self.memory.range(0..bytes) {
-            word.store(workload::random(&mut state), Ordering::Relaxed);
+            word.store(random.word(), Ordering::Relaxed);
         }
     }
 }

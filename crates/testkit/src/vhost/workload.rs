@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::queue::{Command, Queue, Segment};
+use crate::Random;
 
 /// What a workload does over and over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,7 +134,9 @@ impl Workload {
 struct Blocks {
     order: Order,
     count: u64,
-    state: u64,
+    /// The next one, of a sequential order.
+    next: u64,
+    random: Random,
 }
 
 impl Blocks {
@@ -141,30 +144,18 @@ impl Blocks {
         let count = workload.area / workload.block as u64;
         assert!(count > 0, "the area holds no block");
         // Queues start apart from each other, wherever that is.
-        let state = match workload.order {
-            Order::Random => queue,
-            Order::Sequential => queue * (count / 8),
-        };
-        Blocks { order: workload.order, count, state }
+        let next = queue * (count / 8);
+        Blocks { order: workload.order, count, next, random: Random::new(queue) }
     }
 
     fn next(&mut self) -> u64 {
         match self.order {
-            Order::Random => random(&mut self.state) % self.count,
+            Order::Random => self.random.below(self.count),
             Order::Sequential => {
-                let block = self.state % self.count;
-                self.state += 1;
+                let block = self.next % self.count;
+                self.next += 1;
                 block
             }
         }
     }
-}
-
-/// SplitMix64 (Steele, Lea, Flood 2014).
-pub(super) fn random(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
