@@ -443,62 +443,21 @@ impl Stack {
         }
     }
 
-    async fn write_in_pieces(&self, mut at: u64, body: Body, fua: bool) -> Outcome {
-        let (mut body, mut memory) = match body {
-            Body::Foreign(buf) if self.cuts_a_word(&buf, at) => self.copy_whole(buf, at).await?,
-            body => (body, None),
-        };
+    async fn write_in_pieces(&self, mut at: u64, mut body: Body, fua: bool) -> Outcome {
         let mut pieces = Vec::new();
         while !body.is_empty() {
             let len = self.piece(at, body.len());
-            let mut piece = Request::write(at, split_body(&mut body, len), fua);
-            piece.memory =
-                memory.as_mut().map(|m: &mut Reservation| m.split(self.beside_payload(at, len)));
-            pieces.push(self.submit(piece));
+            match split_body(&mut body, len) {
+                Ok(piece) => pieces.push(self.submit(Request::write(at, piece, fua))),
+                Err(kind) => {
+                    let (op, device) = (OpName::Write, self.name.clone());
+                    pieces.push(self.fail(Error { kind, op, device, at, len: len as u64 }));
+                    break;
+                }
+            }
             at += len as u64;
         }
         settle_all(pieces).await
-    }
-
-    /// Whether cutting at multiples of the largest transfer would cut an
-    /// aligned word of a segment: each half would be loaded with its own
-    /// piece, and what is stored might be a word that nobody wrote (DOOR-2).
-    fn cuts_a_word(&self, buf: &ForeignBuf, at: u64) -> bool {
-        let mut end = at;
-        buf.for_kernel().iter().any(|segment| {
-            let start = end;
-            end += segment.len as u64;
-            let first_cut = start + self.piece(start, usize::MAX) as u64;
-            first_cut < end && !(segment.addr as u64 + first_cut - start).is_multiple_of(8)
-        })
-    }
-
-    /// Copies a long write in one go, with the memory that all its pieces
-    /// need. Where the pool is too small for that it is left as it is: then
-    /// DOOR-2 holds in each piece, not across their cuts.
-    async fn copy_whole(
-        &self,
-        buf: ForeignBuf,
-        at: u64,
-    ) -> Result<(Body, Option<Reservation>), Error> {
-        let len = buf.len();
-        let mut need = Pass::payload_bytes(at, len);
-        let mut start = at;
-        while start < at + len as u64 {
-            let piece = self.piece(start, (at + len as u64 - start) as usize);
-            need += self.beside_payload(start, piece).next_multiple_of(BLOCK);
-            start += piece as u64;
-        }
-        let Ok(mut memory) = self.pool.reserve(need).await else {
-            return Ok((Body::Foreign(buf), None));
-        };
-        self.traffic.stabilized.fetch_add(1, Ordering::Relaxed);
-        let copied = doors::stabilize(buf, at, Pass::default(), &mut memory);
-        let (copy, _) = copied.map_err(|fault| {
-            let (kind, op, device) = (fault.into(), OpName::Write, self.name.clone());
-            Error { kind, op, device, at, len: len as u64 }
-        })?;
-        Ok((Body::Stable(copy), Some(memory)))
     }
 
     /// The sub-block ends as writes of zeros, the whole blocks as such.
@@ -555,17 +514,19 @@ fn copy_aligned(buf: &StableBuf, at: u64, memory: &mut Reservation) -> StableBuf
     copy.freeze().slice(lead..to)
 }
 
-fn split_body(body: &mut Body, len: usize) -> Body {
-    match body {
+/// The first `len` bytes as a body of their own; no word of foreign memory is
+/// torn by the cut (DOOR-2).
+fn split_body(body: &mut Body, len: usize) -> Result<Body, Kind> {
+    Ok(match body {
         Body::Stable(buf) => {
             let front = buf.slice(0..len);
             *buf = buf.slice(len..buf.len());
             Body::Stable(front)
         }
         Body::Promised(buf) => Body::Promised(buf.split_to(len)),
-        Body::Foreign(buf) => Body::Foreign(buf.split_to(len)),
+        Body::Foreign(buf) => Body::Foreign(doors::split_words(buf, len)?),
         Body::Segments(_) => unreachable!("from a device to its members, never through a stack"),
-    }
+    })
 }
 
 /// Waits for all; the first error is the result.

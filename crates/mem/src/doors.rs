@@ -25,7 +25,7 @@ use stableio_onepass as onepass;
 use stableio_onepass::Parity;
 
 use crate::error::Fault;
-use crate::foreign::{ForeignBuf, Segment, Segments};
+use crate::foreign::{ForeignBuf, Segment, Segments, WORD};
 use crate::pool::{PoolBuf, Reservation};
 use crate::rows::{ParitySpan, RowShape, Run, whole_blocks};
 use crate::sg::SgList;
@@ -175,6 +175,27 @@ pub fn load(buf: ForeignBuf, into: &mut [u8]) -> Result<(), Fault> {
         rest = later;
     }
     Ok(())
+}
+
+/// Takes the first `at` bytes off into a handle of their own, as
+/// [`ForeignBuf::split_to`] does, but keeps words whole (DOOR-2): a naturally
+/// aligned word of the memory that the cut goes through is loaded here, once,
+/// and both handles go on with what was loaded.
+///
+/// # Errors
+///
+/// [`Fault`] when the memory vanished; the buffer is as it was.
+///
+/// # Panics
+///
+/// When `at` is more than the buffer has.
+pub fn split_words(buf: &mut ForeignBuf, at: usize) -> Result<ForeignBuf, Fault> {
+    let Some((start, addr)) = buf.word_at(at) else { return Ok(buf.split_to(at)) };
+    let mut word = [0; WORD];
+    // SAFETY: `word_at` gives a word that lies in a segment, which the
+    // handle's keep-alive holds; the target is on our stack.
+    unsafe { onepass::copy_in(addr as *const u8, word.as_mut_ptr(), WORD)? };
+    Ok(buf.split_around(at, start, word))
 }
 
 /// The right to take an issuer's word that its memory stays unchanged.
@@ -434,9 +455,6 @@ struct Cursor<'a> {
     word: [u8; WORD],
     ahead: usize,
 }
-
-/// What DOOR-2 does not tear.
-const WORD: usize = 8;
 
 impl<'a> Cursor<'a> {
     fn new(segments: &'a [Segment]) -> Self {

@@ -21,6 +21,9 @@ pub struct Segment {
     pub len: usize,
 }
 
+/// Bytes of a word: what a program stores, and a door loads, whole.
+pub(crate) const WORD: usize = 8;
+
 pub(crate) type Segments = SmallVec<[Segment; 2]>;
 
 /// A handle of foreign memory: address ranges, in the order of the request,
@@ -91,6 +94,39 @@ impl ForeignBuf {
         self.segments.drain(..whole);
         self.len -= at;
         ForeignBuf { segments: front, len: at, keep: self.keep.clone() }
+    }
+
+    /// The naturally aligned word of the memory that a cut at byte `at` would
+    /// go through, if there is one inside a segment: the byte of the buffer
+    /// where it begins, and its address.
+    pub(crate) fn word_at(&self, at: usize) -> Option<(usize, usize)> {
+        let mut start = 0;
+        let segment = self.segments.iter().find(|s| {
+            start += s.len;
+            at < start
+        })?;
+        start -= segment.len;
+        let word = (segment.addr + at - start) & !(WORD - 1);
+        let cut = word < segment.addr + at - start;
+        let inside = word >= segment.addr && word + WORD <= segment.addr + segment.len;
+        (cut && inside).then(|| (start + word - segment.addr, word))
+    }
+
+    /// Splits at `at`, with the bytes from `start` on, which were loaded, in
+    /// place of the memory that they came from.
+    pub(crate) fn split_around(&mut self, at: usize, start: usize, word: [u8; WORD]) -> ForeignBuf {
+        let loaded = Arc::new((word, self.keep.clone()));
+        let addr = loaded.0.as_ptr() as usize;
+        let keep: KeepAlive = loaded;
+        let mut front = self.split_to(start);
+        drop(self.split_to(WORD));
+        let (before, after) = (at - start, start + WORD - at);
+        front.segments.push(Segment { addr, len: before });
+        front.len += before;
+        self.segments.insert(0, Segment { addr: addr + before, len: after });
+        self.len += after;
+        (front.keep, self.keep) = (keep.clone(), keep);
+        front
     }
 
     /// Whether every segment begins and ends at a multiple of `align` bytes,
@@ -173,6 +209,36 @@ mod tests {
             let want: Vec<usize> = (100..110).chain(300..315).chain(400..405).collect();
             assert_eq!(all, want, "split at {at}");
         }
+    }
+
+    #[test]
+    fn a_cut_through_a_word_hands_both_parts_what_was_loaded() {
+        let bytes: Arc<Vec<u64>> = Arc::new((0..8).map(|i| 0x1111_1111_1111_1111 * i).collect());
+        let base = bytes.as_ptr() as usize;
+        let whole = |offset: usize, len: usize| {
+            let segment = Segment { addr: base + offset, len };
+            // SAFETY: the vector is the keep-alive and nobody writes to it.
+            unsafe { ForeignBuf::new([segment], bytes.clone()) }
+        };
+        let content = |buf: ForeignBuf| {
+            let mut bytes = vec![0; buf.len()];
+            crate::doors::load(buf, &mut bytes).unwrap();
+            bytes
+        };
+        for offset in 0..9 {
+            for at in 0..40 {
+                let mut rest = whole(offset, 40);
+                let front = crate::doors::split_words(&mut rest, at).unwrap();
+                assert_eq!((front.len(), rest.len()), (at, 40 - at));
+                let both = [content(front), content(rest)].concat();
+                assert_eq!(both, content(whole(offset, 40)), "{offset} cut at {at}");
+            }
+        }
+        let mut rest = whole(3, 40);
+        let front = crate::doors::split_words(&mut rest, 17).unwrap();
+        let end = front.segments.last().unwrap();
+        assert_eq!(end.addr + end.len, rest.segments[0].addr, "one private word");
+        assert!(!(base..base + 64).contains(&end.addr));
     }
 
     #[test]

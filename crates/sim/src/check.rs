@@ -1,0 +1,220 @@
+//! Whether images fit the rules, by the format alone.
+//!
+//! The checker shares with the array only what the format defines: geometry,
+//! superblocks, tuples, the checksum. How the array got there it does not
+//! know.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use stableio_array::tuple::{Owner, ParsedPage, State, Tuple, parse_page};
+use stableio_array::{Geometry, Probe, Superblock, geometry::Place};
+use stableio_mem::BLOCK;
+use stableio_onepass as onepass;
+
+use crate::image::Image;
+
+const BLOCK64: u64 = BLOCK as u64;
+
+/// Something that does not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// CHECK-1: a block without the guard that its tuple says.
+    Guard {
+        /// The block.
+        block: u64,
+    },
+    /// CHECK-2: parity that is not the XOR of its row.
+    Parity {
+        /// Stripe.
+        stripe: u64,
+        /// Row in it.
+        row: u32,
+    },
+    /// CHECK-3: two tuples of one block, or one of another block.
+    Tuples {
+        /// The block.
+        block: u64,
+    },
+    /// A page of tuples that is none.
+    Page {
+        /// The page.
+        page: u64,
+        /// Whose.
+        member: usize,
+    },
+    /// CHECK-4 or CHECK-5: content that nobody wrote.
+    Content {
+        /// The block.
+        block: u64,
+        /// What is wrong.
+        why: String,
+    },
+    /// Anything else that must not be.
+    Other(String),
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Finding::Guard { block } => {
+                write!(f, "CHECK-1: block {block} does not match its guard")
+            }
+            Finding::Parity { stripe, row } => {
+                write!(f, "CHECK-2: row {row} of stripe {stripe}: the parity is not of its blocks")
+            }
+            Finding::Tuples { block } => write!(f, "CHECK-3: block {block}: its tuples differ"),
+            Finding::Page { page, member } => {
+                write!(f, "page {page} of tuples on member {member} is damaged")
+            }
+            Finding::Content { block, why } => write!(f, "CHECK-4/5: block {block}: {why}"),
+            Finding::Other(what) => f.write_str(what),
+        }
+    }
+}
+
+/// Looks at the images of an array's members.
+pub struct Checker {
+    geometry: Geometry,
+    superblock: Superblock,
+    images: Vec<Option<Image>>,
+    /// By page and member, as they were parsed.
+    pages: RefCell<HashMap<(u64, usize), Page>>,
+}
+
+/// The tuples of a page; `None` where it is damaged.
+type Page = Rc<Option<Vec<Tuple>>>;
+
+impl Checker {
+    /// Of these images by role; `None` is a member that is not there.
+    pub fn new(superblock: &Superblock, images: Vec<Option<Image>>) -> Self {
+        let superblock = superblock.clone();
+        Self { geometry: superblock.geometry, superblock, images, pages: RefCell::default() }
+    }
+
+    /// Looks at every row.
+    pub fn all(&self) -> Vec<Finding> {
+        let g = &self.geometry;
+        let rows = (0..g.stripes).flat_map(|s| (0..g.chunk_blocks).map(move |r| (s, r)));
+        rows.flat_map(|(stripe, row)| self.row(stripe, row)).collect()
+    }
+
+    /// Looks at the rows of some blocks.
+    pub fn rows_of(&self, blocks: std::ops::Range<u64>) -> Vec<Finding> {
+        let places = blocks.map(|b| self.geometry.place(b));
+        let mut rows: Vec<_> = places.map(|p| (p.stripe, p.row)).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        rows.into_iter().flat_map(|(stripe, row)| self.row(stripe, row)).collect()
+    }
+
+    /// Looks at one row: CHECK-1 to CHECK-3.
+    pub fn row(&self, stripe: u64, row: u32) -> Vec<Finding> {
+        let g = &self.geometry;
+        let mut findings = Vec::new();
+        let mut sum = [0; BLOCK];
+        let (mut any, mut whole) = (false, true);
+        for column in 0..g.columns() {
+            let place = Place { stripe, row, column };
+            let block = block_number(g, place);
+            let own = self.tuple_at(place, g.data_member(stripe, column), &mut findings);
+            let beside_parity =
+                g.parity_member(stripe).and_then(|p| self.tuple_at(place, p, &mut findings));
+            if own.zip(beside_parity).is_some_and(|(a, b)| a != b) {
+                findings.push(Finding::Tuples { block });
+                continue;
+            }
+            let Some(tuple) = own.or(beside_parity) else { continue };
+            if tuple.state != State::Written {
+                continue;
+            }
+            any = true;
+            if tuple.reference != block as u32 {
+                findings.push(Finding::Tuples { block });
+            }
+            let Some(data) = self.data(place) else {
+                whole = false;
+                continue;
+            };
+            if onepass::guard(data) != tuple.guard {
+                findings.push(Finding::Guard { block });
+            }
+            onepass::xor_into(&mut sum, data);
+        }
+        let parity = g.parity_member(stripe).and_then(|p| self.images[p].as_ref());
+        if let Some(image) = parity.filter(|_| any && whole)
+            && *image.block(g.member_offset(stripe, row) / BLOCK64) != sum
+        {
+            findings.push(Finding::Parity { stripe, row });
+        }
+        findings
+    }
+
+    /// What a block reads as: `None` where it is lost or its member missing.
+    pub fn content(&self, block: u64) -> Option<[u8; BLOCK]> {
+        let place = self.geometry.place(block);
+        let member = self.geometry.data_member(place.stripe, place.column);
+        match self.tuple_at(place, member, &mut Vec::new())?.state {
+            State::Unwritten => Some([0; BLOCK]),
+            State::Written => self.data(place).copied(),
+            State::Lost => None,
+        }
+    }
+
+    fn data(&self, place: Place) -> Option<&[u8; BLOCK]> {
+        let g = &self.geometry;
+        let image = self.images[g.data_member(place.stripe, place.column)].as_ref()?;
+        Some(image.block(g.member_offset(place.stripe, place.row) / BLOCK64))
+    }
+
+    /// The tuple of a block as a member has it, beside data or parity.
+    fn tuple_at(&self, place: Place, member: usize, findings: &mut Vec<Finding>) -> Option<Tuple> {
+        let g = &self.geometry;
+        let (page, record) = g.page_of(place.stripe, place.row);
+        let tuples = self.page(page, member)?;
+        let Some(tuples) = &*tuples else {
+            findings.push(Finding::Page { page, member });
+            return None;
+        };
+        let position = (place.stripe % g.members as u64) as usize;
+        let range = g.record_range(member, position);
+        let within = match g.parity_member(place.stripe) == Some(member) {
+            true => range.start + place.column,
+            false => range.start,
+        };
+        Some(tuples[record * g.record_tuples() + within])
+    }
+
+    fn page(&self, page: u64, member: usize) -> Option<Page> {
+        let g = &self.geometry;
+        let image = self.images[member].as_ref()?;
+        let parse = || {
+            let count = g.page_rows() * g.record_tuples();
+            let owner = Owner { array: self.superblock.array, role: member };
+            let bytes = image.block(g.page_at(page) / BLOCK64);
+            Rc::new(match parse_page(bytes, page, owner, count) {
+                ParsedPage::Blank => Some(vec![Tuple::UNWRITTEN; count]),
+                ParsedPage::Good(_, tuples) => Some(tuples),
+                ParsedPage::Bad => None,
+            })
+        };
+        Some(self.pages.borrow_mut().entry((page, member)).or_insert_with(parse).clone())
+    }
+}
+
+fn block_number(g: &Geometry, place: Place) -> u64 {
+    place.stripe * g.row_shape().stripe_blocks()
+        + place.column as u64 * u64::from(g.chunk_blocks)
+        + u64::from(place.row)
+}
+
+/// What the superblock copies of an image say; `None` without a good one.
+pub fn probe(image: &Image, role: usize, size: u64) -> Option<Probe> {
+    let copies = [0, size / BLOCK64 - 1].map(|number| Superblock::parse(image.block(number)));
+    let newest = copies.into_iter().flatten().max_by_key(|copy| copy.generation)?;
+    let path = PathBuf::from(format!("m{role}"));
+    Some(Probe { path, superblock: newest, bad_copies: Vec::new() })
+}
