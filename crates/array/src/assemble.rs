@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use stableio_mem::{BLOCK, Bytes};
@@ -47,6 +47,9 @@ pub enum AssembleError {
     /// Somebody else has it open.
     #[error("{}: in use by another process (locked); stop that one first", .0.display())]
     InUse(PathBuf),
+    /// Neither file nor block device.
+    #[error("{}: is neither a regular file nor a block device; leave it out", .0.display())]
+    WrongType(PathBuf),
     /// Not a member.
     #[error("{}: {why}; leave it out", path.display())]
     NotAMember {
@@ -160,10 +163,12 @@ pub struct Assembly {
 /// [`AssembleError`], about this file.
 pub fn probe(path: &Path) -> Result<Probe, AssembleError> {
     let fail = |error| AssembleError::Open { path: path.into(), error };
-    let file = File::open(path).map_err(fail)?;
-    if file.metadata().map_err(fail)?.is_dir() {
-        return Err(fail(io::Error::from_raw_os_error(libc::EISDIR)));
+    // Opening anything else could wait for ever, as a FIFO does.
+    let kind = std::fs::metadata(path).map_err(fail)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(AssembleError::WrongType(path.into()));
     }
+    let file = File::open(path).map_err(fail)?;
     let size = crate::create::file_size(&file).map_err(fail)?;
     if size < 2 * BLOCK as u64 {
         return Err(AssembleError::TooShort { path: path.into(), size });
@@ -217,7 +222,7 @@ pub fn assemble(probes: &[Probe], trust: Option<&Path>) -> Result<Assembly, Asse
     one_array(probes)?;
     let truth = match trust {
         None => {
-            no_split_brain(probes, newest)?;
+            no_split_brain(probes)?;
             newest
         }
         Some(path) => probes
@@ -294,18 +299,17 @@ fn array_of(probe: &Probe) -> String {
     format!("'{}' ({})", probe.superblock.name, probe.superblock.array)
 }
 
-/// ASM-2.
-fn no_split_brain(probes: &[Probe], newest: &Probe) -> Result<(), AssembleError> {
-    for probe in probes {
-        let exclude =
-            calls_missing(&probe.superblock, newest) && calls_missing(&newest.superblock, probe);
-        let (a, b) = (&probe.superblock, &newest.superblock);
-        let forked = a.generation == b.generation && (a.roles != b.roles || a.epoch != b.epoch);
-        if exclude || forked {
-            return Err(AssembleError::SplitBrain {
-                first: newest.path.clone(),
-                second: probe.path.clone(),
-            });
+/// ASM-2, for every two of them.
+fn no_split_brain(probes: &[Probe]) -> Result<(), AssembleError> {
+    for (i, first) in probes.iter().enumerate() {
+        for second in &probes[i + 1..] {
+            let (a, b) = (&first.superblock, &second.superblock);
+            let exclude = calls_missing(a, second) && calls_missing(b, first);
+            let forked = a.generation == b.generation && (a.roles != b.roles || a.epoch != b.epoch);
+            if exclude || forked {
+                let (first, second) = (first.path.clone(), second.path.clone());
+                return Err(AssembleError::SplitBrain { first, second });
+            }
         }
     }
     Ok(())

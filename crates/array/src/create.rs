@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,7 +36,7 @@ pub struct CreateOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// Not a name.
-    #[error("'{name}': {why}")]
+    #[error("{name:?}: {why}")]
     Name {
         /// The name.
         name: String,
@@ -109,11 +109,11 @@ struct Checked {
 pub fn create(options: &CreateOptions) -> Result<Superblock, CreateError> {
     let name = &options.name;
     check_name(name).map_err(|why| CreateError::Name { name: name.clone(), why })?;
+    distinct(&options.members)?;
     let mut checked: Vec<Checked> = Vec::new();
     for path in &options.members {
         checked.push(check(path, options)?);
     }
-    distinct(&checked)?;
     let smallest = checked.iter().map(|m| m.size).min().unwrap_or(0);
     let geometry = Geometry::new(options.level, checked.len(), options.chunk, smallest)?;
     let mut files = Vec::new();
@@ -208,21 +208,15 @@ fn check(path: &Path, options: &CreateOptions) -> Result<Checked, CreateError> {
 }
 
 /// No file or device twice, whatever its name.
-fn distinct(members: &[Checked]) -> Result<(), CreateError> {
-    use std::os::unix::fs::MetadataExt;
-    let mut seen = Vec::new();
-    for member in members {
-        let identity = match &member.file {
-            Some(file) => file.metadata().map(|m| (m.dev(), m.ino())).ok(),
-            None => None,
-        };
-        let same = |(path, id): &(PathBuf, Option<(u64, u64)>)| {
-            *path == member.path || (identity.is_some() && *id == identity)
-        };
-        if seen.iter().any(same) {
-            return Err(CreateError::Doubled(member.path.clone()));
+fn distinct(paths: &[PathBuf]) -> Result<(), CreateError> {
+    let mut seen: Vec<(&PathBuf, Option<(u64, u64)>)> = Vec::new();
+    for path in paths {
+        let identity = std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        if seen.iter().any(|(other, id)| *other == path || (identity.is_some() && *id == identity))
+        {
+            return Err(CreateError::Doubled(path.clone()));
         }
-        seen.push((member.path.clone(), identity));
+        seen.push((path, identity));
     }
     Ok(())
 }
@@ -266,7 +260,8 @@ fn blank(file: &File, geometry: &Geometry) -> io::Result<()> {
     Ok(())
 }
 
-/// What a file or device holds; `None` if its ends are all zero.
+/// What a file or device holds; `None` if it is all zero, as far as is looked:
+/// the ends of a device, all data of a file.
 fn content(file: &File, size: u64) -> io::Result<Option<String>> {
     const LOOK: u64 = 128 << 10;
     let mut head = vec![0; LOOK.min(size) as usize];
@@ -293,8 +288,39 @@ fn content(file: &File, size: u64) -> io::Result<Option<String>> {
     if let Some((_, _, name)) = known.iter().find(|(offset, magic, _)| at(*offset, magic)) {
         return Ok(Some((*name).to_owned()));
     }
-    let blank = head.iter().chain(&tail).all(|b| *b == 0);
+    // The last superblock copy begins a block that ends with the member.
+    if tail.chunks_exact(BLOCK).any(|block| block.starts_with(b"stableio")) {
+        return Ok(Some("a damaged member of a stableio array".to_owned()));
+    }
+    let blank = head.iter().chain(&tail).all(|b| *b == 0) && !has_data(file)?;
     Ok((!blank).then(|| "data that is not known".to_owned()))
+}
+
+/// Whether a file holds anything but zeros. Where that would take long, a lot
+/// of data counts as data.
+fn has_data(file: &File) -> io::Result<bool> {
+    const MOST: u64 = 256 << 20;
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
+    let mut piece = vec![0; 1 << 20];
+    let (mut at, mut seen) = (0, 0);
+    loop {
+        at = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        };
+        let len = file.read_at(&mut piece, at)?;
+        seen += len as u64;
+        if piece[..len].iter().any(|b| *b != 0) || seen > MOST {
+            return Ok(true);
+        }
+        if len == 0 {
+            return Ok(false);
+        }
+        at += len as u64;
+    }
 }
 
 /// An OFD write lock, until the file is closed.

@@ -48,6 +48,8 @@ impl Level {
 
 /// Most members of an array.
 pub const MAX_MEMBERS: usize = 16;
+/// Most bytes of a member: offsets and sums of them stay far from overflow.
+pub const MAX_MEMBER: u64 = 1 << 60;
 /// Byte offset of the log region.
 pub const LOG_AT: u64 = 64 << 10;
 /// Blocks of the log region.
@@ -110,6 +112,9 @@ pub enum BadGeometry {
     /// Chunk size out of range.
     #[error("a chunk has 4 KiB to 1 MiB and is a power of two, not {0} bytes")]
     Chunk(u64),
+    /// More than a member can have.
+    #[error("a member of {0} bytes is too large: at most {MAX_MEMBER} are possible")]
+    TooLarge(u64),
     /// The member is too small for one group of stripes.
     #[error("a member of {size} bytes is too small: this shape needs at least {least}")]
     TooSmall {
@@ -139,6 +144,9 @@ impl Geometry {
         }
         if !chunk_bytes.is_power_of_two() || !(BLOCK64..=1 << 20).contains(&chunk_bytes) {
             return Err(BadGeometry::Chunk(chunk_bytes));
+        }
+        if member_size > MAX_MEMBER {
+            return Err(BadGeometry::TooLarge(member_size));
         }
         let mut g = Self {
             level,

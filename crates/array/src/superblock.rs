@@ -196,7 +196,7 @@ impl Superblock {
         let (chunk_blocks, stripes) = (u32_at(block, 76), u64_at(block, 80));
         let member_size = u64_at(block, 88);
         let chunk_bytes = u64::from(chunk_blocks) * BLOCK as u64;
-        if !member_size.is_multiple_of(BLOCK as u64) || member_size > 1 << 60 {
+        if !member_size.is_multiple_of(BLOCK as u64) {
             return invalid("impossible member size");
         }
         let geometry = match Geometry::new(level, members, chunk_bytes, member_size) {

@@ -67,8 +67,7 @@ pub enum OpName {
 }
 
 /// A failed request: kind, operation, device, range.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{op} {device} at {at}+{len}: {kind}")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     /// What went wrong.
     pub kind: Kind,
@@ -100,6 +99,19 @@ impl Error {
     /// Whether the issuer's memory is at fault, not the device.
     pub fn is_memory(&self) -> bool {
         matches!(self.kind, Kind::Memory(_) | Kind::System(libc::EFAULT))
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, op, device, at, len } = self;
+        match op {
+            OpName::Open => write!(f, "{device}: {kind}"),
+            OpName::Flush => write!(f, "{device}: flush: {kind}"),
+            _ => write!(f, "{device}: {op} at {at}+{len}: {kind}"),
+        }
     }
 }
 

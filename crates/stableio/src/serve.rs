@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use stableio_array::array::ArrayOptions;
-use stableio_array::{Array, AssembleError, Health, OpenError, Superblock};
+use stableio_array::superblock::BadSuperblock;
+use stableio_array::{Array, AssembleError, Assembly, Health, OpenError, Superblock};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
 use stableio_block::{Device, Stack, Worker};
@@ -58,11 +59,13 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     }
     // Before any thread runs, so that all inherit it: signals are waited for.
     let signals = Signals::block();
+    let plan = Plan::of(&args)?;
+    let names = names(&args.exports, &plan.name())?;
     let listeners = listeners(&args.exports)?;
     let worker = Worker::start("stableio-0").context("start a worker (io_uring)")?;
-    let source = match &args.raw {
-        Some(path) => open_raw(path, &args, &worker)?,
-        None => open_array(&args, &worker)?,
+    let source = match &plan {
+        Plan::Raw(path) => open_raw(path, plan.name(), &args, &worker)?,
+        Plan::Array(assembly) => open_array(assembly, &args, &worker)?,
     };
     for note in &source.notes {
         eprintln!("stableio: {note}");
@@ -74,7 +77,6 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     let stack =
         Stack::new(&source.name, source.device.clone(), pool.clone(), worker.handle().clone())
             .with_traffic(source.traffic.clone());
-    let names = names(&args.exports, &source.name)?;
     let running = start(&args.exports, &names, listeners, &stack, &worker)?;
 
     let served = Served {
@@ -112,12 +114,54 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn open_array(args: &ServeArgs, worker: &Worker) -> Result<Source> {
-    let assembly = members::plan(&args.members, args.trust_member.as_deref())?;
+/// What to serve, checked without opening anything for writing.
+enum Plan {
+    Array(Assembly),
+    Raw(PathBuf),
+}
+
+impl Plan {
+    fn of(args: &ServeArgs) -> Result<Self> {
+        let Some(path) = &args.raw else {
+            return Ok(Plan::Array(members::plan(&args.members, args.trust_member.as_deref())?));
+        };
+        match stableio_array::probe(path) {
+            Ok(_) => {
+                bail!("{}: is a member of an array; serve the array, without --raw", path.display())
+            }
+            Err(
+                AssembleError::NotAMember { why: BadSuperblock::NotOurs, .. }
+                | AssembleError::TooShort { .. },
+            ) => {}
+            Err(error @ (AssembleError::Open { .. } | AssembleError::WrongType(_))) => {
+                return Err(error.into());
+            }
+            Err(error) => {
+                bail!("{}: is a damaged member of an array, not an image: {error}", path.display())
+            }
+        }
+        Ok(Plan::Raw(path.clone()))
+    }
+
+    /// The array's name, or one made of the image's.
+    fn name(&self) -> String {
+        let path = match self {
+            Plan::Array(assembly) => return assembly.superblock.name.clone(),
+            Plan::Raw(path) => path,
+        };
+        let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let plain = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' };
+        let name: String = stem.chars().map(plain).take(64).collect();
+        let name = name.trim_start_matches(|c: char| !c.is_ascii_alphanumeric());
+        if name.is_empty() { "raw".to_owned() } else { name.to_owned() }
+    }
+}
+
+fn open_array(assembly: &Assembly, args: &ServeArgs, worker: &Worker) -> Result<Source> {
     let options = ArrayOptions { page_cache: args.tuple_cache.0 as usize };
-    let open = || Array::open(&assembly, options, worker.handle());
-    let array =
-        patiently(open, |error| matches!(error, OpenError::Assemble(AssembleError::InUse(_))))?;
+    let open = || Array::open(assembly, options, worker.handle());
+    let in_use = |error: &OpenError| matches!(error, OpenError::Assemble(AssembleError::InUse(_)));
+    let array = patiently(open, in_use)?;
     let mut notes = array.notes().to_vec();
     notes.extend(array.health().events());
     notes.push("experimental format, do not keep your only copy here".to_owned());
@@ -132,32 +176,26 @@ fn open_array(args: &ServeArgs, worker: &Worker) -> Result<Source> {
     })
 }
 
-fn open_raw(path: &Path, args: &ServeArgs, worker: &Worker) -> Result<Source> {
-    if stableio_array::probe(path).is_ok() {
-        bail!("{}: is a member of an array; serve the array, without --raw", path.display());
-    }
+fn open_raw(path: &Path, name: String, args: &ServeArgs, worker: &Worker) -> Result<Source> {
     let read_only = args.exports.iter().all(|e| e.read_only);
     let options = OpenOptions { read_only, ..OpenOptions::default() };
-    let device = FileDevice::open(path, &options, worker.handle().clone()).map_err(|error| {
-        match error.errno() {
-            libc::EBUSY => anyhow::anyhow!(
-                "{}: in use by another process (locked); stop that one first",
-                path.display()
-            ),
-            _ => error.into(),
-        }
-    })?;
-    if device.limits().size == 0 {
-        bail!("{}: is empty; there is nothing to serve", path.display());
+    let open = || FileDevice::open(path, &options, worker.handle().clone());
+    let device =
+        patiently(open, |error| error.errno() == libc::EBUSY).map_err(|error| {
+            match error.errno() {
+                libc::EBUSY => AssembleError::InUse(path.into()).into(),
+                _ => anyhow::Error::from(error),
+            }
+        })?;
+    let limits = device.limits();
+    if limits.size == 0 {
+        bail!(
+            "{}: has less than a block of {} bytes: there is nothing to serve",
+            path.display(),
+            limits.logical
+        );
     }
-    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    let plain: String = stem
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' })
-        .collect();
-    let name = plain.trim_start_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned();
     let notes = device.notes().to_vec();
-    let name = if name.is_empty() { "raw".to_owned() } else { name };
     let traffic = Arc::default();
     Ok(Source {
         name,

@@ -20,8 +20,8 @@ use super::plan::BUFFER;
 use super::program::DEPTH;
 
 const CHUNK: u64 = 64 << 10;
-/// Buffer memory of the stack: less than all writes in flight may want, so
-/// that some have to wait for it.
+/// Buffer memory of the stack, as `serve` has it. The largest writes wait for
+/// it now and then.
 const POOL: usize = 64 << 20;
 /// Where arrays are built if nothing else is said, and it is in memory.
 const MEMORY: &str = "/dev/shm";

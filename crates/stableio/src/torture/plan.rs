@@ -12,8 +12,9 @@ use stableio_mem::BLOCK;
 
 /// What offsets and lengths on the array are multiples of.
 const SECTOR: u64 = 512;
-/// Bytes of the largest write.
-pub(super) const LARGEST: usize = 1 << 20;
+/// Bytes of the largest write: more than a device takes at once, so that the
+/// stack has to cut it.
+pub(super) const LARGEST: usize = (1 << 20) + (256 << 10);
 /// Bytes of the memory that a write's segments lie in: the largest write, and
 /// room to scatter it.
 pub(super) const BUFFER: usize = LARGEST + (64 << 10);
