@@ -23,6 +23,8 @@ pub(crate) enum Unit {
     OpsPerS,
     #[serde(rename = "MiB/s")]
     MibPerS,
+    #[serde(rename = "GB/s")]
+    GbPerS,
 }
 
 /// One of the two that are compared: where to send the load, or why that is not possible.
@@ -82,7 +84,11 @@ pub(crate) fn compare<S>(
 
 /// A figure for people.
 pub(crate) fn show(figure: Option<f64>) -> String {
-    figure.map_or_else(|| "–".to_owned(), |figure| format!("{figure:.0}"))
+    match figure {
+        None => "–".to_owned(),
+        Some(small) if small < 100.0 => format!("{small:.2}"),
+        Some(figure) => format!("{figure:.0}"),
+    }
 }
 
 fn take<S>(side: &mut Side<S>, sample: impl Fn(&mut S) -> io::Result<f64>, samples: &mut Vec<f64>) {

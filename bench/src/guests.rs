@@ -100,6 +100,7 @@ impl Load {
         Ok(match self.unit() {
             Unit::OpsPerS => done.ops_per_s(),
             Unit::MibPerS => done.bytes_per_s() / f64::from(1 << 20),
+            Unit::GbPerS => done.bytes_per_s() / 1e9,
         })
     }
 }

@@ -9,6 +9,7 @@
 mod compare;
 mod guests;
 mod nbd;
+mod protect;
 mod report;
 mod servers;
 
@@ -32,6 +33,7 @@ struct Family {
 const FAMILIES: &[Family] = &[
     Family { name: nbd::NAME, about: nbd::ABOUT, run: nbd::run },
     Family { name: guests::NAME, about: guests::ABOUT, run: guests::run },
+    Family { name: protect::NAME, about: protect::ABOUT, run: protect::run },
 ];
 
 /// How to measure; the same for every family.

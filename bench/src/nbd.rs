@@ -91,6 +91,7 @@ impl Load {
         Ok(match self.unit {
             Unit::OpsPerS => report.iops,
             Unit::MibPerS => report.bytes_per_s / f64::from(1 << 20),
+            Unit::GbPerS => report.bytes_per_s / 1e9,
         })
     }
 }

@@ -77,6 +77,7 @@ fn unit(row: &Row) -> String {
     match row.unit {
         Unit::OpsPerS => "ops/s".to_owned(),
         Unit::MibPerS => "MiB/s".to_owned(),
+        Unit::GbPerS => "GB/s".to_owned(),
     }
 }
 

@@ -184,6 +184,11 @@ impl Engine {
         )
     }
 
+    /// Asks a member which parts of a range hold data.
+    pub(crate) fn map_member(&self, member: usize, at: u64, len: u64) -> Ticket<Outcome> {
+        self.submit(member, Request { op: Op::Map { at, len }, memory: None })
+    }
+
     /// Tells a member that a range is not needed.
     pub(crate) fn discard_member(&self, member: usize, at: u64, len: u64) -> Ticket<Outcome> {
         self.submit(member, Request { op: Op::Discard { at, len }, memory: None })

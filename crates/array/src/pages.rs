@@ -67,6 +67,11 @@ impl Pages {
         Self { cache: RefCell::new(cache), loaded: Condition::default() }
     }
 
+    /// Whether the page is cached, or on its way.
+    pub(crate) fn holds(&self, page: u64) -> bool {
+        self.cache.borrow().sets.contains_key(&page)
+    }
+
     fn get(&self, page: u64) -> Option<Rc<PageSet>> {
         let found = self.cache.borrow().sets.get(&page).cloned().flatten();
         if let Some(set) = &found {

@@ -7,6 +7,7 @@
 //! under way, or the owner changed its buffer. Only
 //! [`mend`](Engine::mend) judges.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use stableio_block::{Extent, Into, Kind, Reply, path::Stage};
@@ -233,26 +234,89 @@ impl Engine {
         Ok((reads, aside))
     }
 
-    /// Which parts were written, from the tuples.
+    /// Which parts were written, from the tuples. Where no member has a page
+    /// of tuples, none has to be read: a large, mostly empty array is told in
+    /// moments.
     pub(crate) async fn map(&self, at: u64, len: u64) -> Result<Vec<Extent>, Kind> {
         const MOST: usize = 4096;
+        let g = &self.geometry;
         let (first, end) = (at / BLOCK as u64, (at + len).div_ceil(BLOCK as u64));
         let mut extents: Vec<Extent> = Vec::new();
+        if first == end {
+            return Ok(extents);
+        }
+        let pages = g.page_of(g.place(first).stripe, 0).0
+            ..g.page_of(g.place(end - 1).stripe, g.chunk_blocks - 1).0 + 1;
+        let stored = self.stored_pages(pages).await;
         let mut set = None;
         let mut block = first;
         while block < end && extents.len() < MOST {
-            let place = self.geometry.place(block);
-            let data = self.set_of(&mut set, place).await?.tuple(place).state != State::Unwritten;
-            let from = (block * BLOCK as u64).max(at);
-            let len = ((block + 1) * BLOCK as u64).min(at + len) - from;
-            match extents.last_mut() {
-                Some(last) if last.data == data => last.len += len,
-                _ => extents.push(Extent { len, data }),
+            let place = g.place(block);
+            let (page, record) = g.page_of(place.stripe, place.row);
+            // Blocks next to each other whose tuples are on this page.
+            let run = u64::from(g.chunk_blocks - place.row)
+                .min((g.page_rows() - record) as u64)
+                .min(end - block);
+            let known = is_in(&stored, page) || self.pages.holds(page);
+            for i in 0..run {
+                let data = known && {
+                    let place = Place { row: place.row + i as u32, ..place };
+                    self.set_of(&mut set, place).await?.tuple(place).state != State::Unwritten
+                };
+                let from = ((block + i) * BLOCK as u64).max(at);
+                let len = ((block + i + 1) * BLOCK as u64).min(at + len) - from;
+                match extents.last_mut() {
+                    Some(last) if last.data == data => last.len += len,
+                    _ => extents.push(Extent { len, data }),
+                }
             }
-            block += 1;
+            block += run;
         }
         Ok(extents)
     }
+
+    /// The pages of the guard region that some member has anything for.
+    async fn stored_pages(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let (from, block) = (self.geometry.page_at(pages.start), BLOCK as u64);
+        let len = (pages.end - pages.start) * block;
+        let alive = (0..self.members.len()).filter(|m| self.alive(*m));
+        let begun: Vec<_> = alive.map(|member| self.map_member(member, from, len)).collect();
+        let mut stored = Vec::new();
+        for ticket in begun {
+            let mut at = pages.start * block;
+            if let Ok(Reply::Map(extents)) = ticket.await {
+                for extent in extents {
+                    let end = at + extent.len;
+                    if extent.data {
+                        stored.push(at / block..end.div_ceil(block));
+                    }
+                    at = end;
+                }
+            }
+            // What was not told may hold anything.
+            stored.push(at / block..pages.end);
+        }
+        stored.retain(|range| !range.is_empty());
+        merge(stored)
+    }
+}
+
+fn is_in(ranges: &[Range<u64>], number: u64) -> bool {
+    let next = ranges.partition_point(|range| range.end <= number);
+    ranges.get(next).is_some_and(|range| range.contains(&number))
+}
+
+/// The same numbers in as few ranges, ascending.
+fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
 }
 
 impl Piece {
