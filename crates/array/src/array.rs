@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
 use stableio_block::{
-    Cache, Device, Error, Handle, Kind, Limits, OpName, Outcome, Radius, Request, Ticket,
+    Cache, Device, Error, Handle, Kind, Limits, Op, OpName, Outcome, Radius, Request, Ticket,
 };
 use stableio_mem::{BLOCK, Pass};
 
@@ -235,17 +235,31 @@ impl Device for ArrayDevice {
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
         let (key, name) = (self.key, self.name.clone());
-        self.worker.spawn(move || async move {
-            let (op, at, len) = request.op.range();
-            let fail = |kind| Error { kind, op, device: name, at, len };
-            let found = ENGINES
-                .with(|e| e.borrow().iter().find(|(k, _)| *k == key).map(|(_, e)| e.clone()));
-            match found {
-                Some(engine) => engine.run(request).await.map_err(fail),
-                None => Err(fail(Kind::Stopped)),
+        let (op, at, len) = request.op.range();
+        let fail = move |kind| Error { kind, op, device: name, at, len };
+        // Two tasks instead of one that is large enough for both.
+        match request {
+            Request { op: Op::Read { at, into }, memory } => {
+                self.worker.spawn(move || async move {
+                    let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
+                    let done = match engine.check_redundancy() {
+                        Ok(()) => engine.read(at, into, memory).await,
+                        Err(kind) => Err(kind),
+                    };
+                    done.map_err(fail)
+                })
             }
-        })
+            request => self.worker.spawn(move || async move {
+                let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
+                engine.run(request).await.map_err(fail)
+            }),
+        }
     }
+}
+
+/// The engine of an array of this worker's, while it is open.
+fn engine(key: u64) -> Option<Rc<Engine>> {
+    ENGINES.with(|e| e.borrow().iter().find(|(k, _)| *k == key).map(|(_, e)| e.clone()))
 }
 
 fn open_member(path: &Path, worker: &Handle) -> Result<FileDevice, OpenError> {

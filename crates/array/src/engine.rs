@@ -121,7 +121,8 @@ impl Engine {
         }
     }
 
-    /// Runs a request that has passed the stack's checks.
+    /// Runs a request that has passed the stack's checks. Reads have a way of
+    /// their own, so that their futures stay small.
     pub(crate) async fn run(&self, request: Request) -> Result<Reply, Kind> {
         self.check_redundancy()?;
         let Request { op, memory } = request;
@@ -132,6 +133,12 @@ impl Engine {
                 self.write(at, body, sums, memory).await?;
                 self.flush_if(fua).await
             }
+            other => Box::pin(self.run_rare(other)).await,
+        }
+    }
+
+    async fn run_rare(&self, op: Op) -> Result<Reply, Kind> {
+        match op {
             Op::WriteZeroes { at, len, fua } => {
                 self.unwrite(at, len).await?;
                 self.flush_if(fua).await
@@ -139,12 +146,13 @@ impl Engine {
             Op::Discard { at, len } => self.unwrite(at, len).await.map(|()| Reply::Done),
             Op::Flush => self.flush_if(true).await,
             Op::Map { at, len } => self.map(at, len).await.map(Reply::Map),
+            Op::Read { .. } | Op::Write { .. } => unreachable!("run by `run`"),
         }
     }
 
     async fn flush_if(&self, wanted: bool) -> Result<Reply, Kind> {
         if wanted {
-            self.flush().await?;
+            Box::pin(self.flush()).await?;
         }
         Ok(Reply::Done)
     }
@@ -227,6 +235,14 @@ impl Engine {
 
     /// Waits until every dropped member is recorded as missing on the others.
     pub(crate) async fn settle_members(&self) -> Result<(), Kind> {
+        if self.saves.done.get() < self.saves.wanted.get() {
+            // Rare, and large: kept out of the futures of all requests.
+            Box::pin(self.save_members()).await?;
+        }
+        self.check_redundancy()
+    }
+
+    async fn save_members(&self) -> Result<(), Kind> {
         while self.saves.done.get() < self.saves.wanted.get() {
             self.check_redundancy()?;
             if self.saves.busy.get() {
@@ -240,7 +256,7 @@ impl Engine {
             self.saves.busy.set(false);
             self.saves.changed.notify();
         }
-        self.check_redundancy()
+        Ok(())
     }
 
     /// Marks the array as in use (with a new epoch) or as settled.

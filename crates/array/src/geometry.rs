@@ -225,6 +225,21 @@ impl Geometry {
         Place { stripe: block / per, row, column: column as usize }
     }
 
+    /// The blocks `blocks` of the array as runs: rows that follow each other
+    /// in a column and have their tuples on the same page.
+    pub fn runs(&self, blocks: Range<u64>) -> impl Iterator<Item = (Place, usize)> + use<> {
+        let g = *self;
+        let mut block = blocks.start;
+        std::iter::from_fn(move || {
+            let place = (block < blocks.end).then(|| g.place(block))?;
+            let (_, record) = g.page_of(place.stripe, place.row);
+            let left = u64::from(g.chunk_blocks - place.row).min(blocks.end - block);
+            let count = left.min((g.page_rows() - record) as u64);
+            block += count;
+            Some((place, count as usize))
+        })
+    }
+
     /// Byte offset of a row's block on any of its members.
     pub fn member_offset(&self, stripe: u64, row: u32) -> u64 {
         self.data_at() + stripe * self.chunk_bytes() + u64::from(row) * BLOCK64
@@ -372,6 +387,19 @@ mod tests {
                     }
                 }
             }
+            let mut next = 5;
+            for (place, count) in g.runs(5..g.row_shape().stripe_blocks() * 7 + 3) {
+                for i in 0..count {
+                    let row = place.row + i as u32;
+                    assert_eq!(g.place(next), Place { row, ..place });
+                    assert_eq!(
+                        g.page_of(place.stripe, row).0,
+                        g.page_of(place.stripe, place.row).0
+                    );
+                    next += 1;
+                }
+            }
+            assert_eq!(next, g.row_shape().stripe_blocks() * 7 + 3);
             let per = g.row_shape().stripe_blocks();
             for block in (0..per * 3).chain([g.size() / BLOCK64 - 1]) {
                 let p = g.place(block);

@@ -14,6 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
+use smallvec::SmallVec;
 use stableio_block::sync::Condition;
 use stableio_block::{Error, Kind};
 use stableio_mem::BLOCK;
@@ -27,7 +28,13 @@ use crate::tuple::{Owner, ParsedPage, State, Tuple, encode_page, parse_page};
 pub(crate) struct Pages {
     cache: RefCell<Cache>,
     loaded: Condition,
+    slots: Rc<Slots>,
 }
+
+/// By member, for each tuple of its copy of a page, in order, where it is in
+/// the set. The same for every page, as the parity's place repeats with each
+/// group of stripes.
+type Slots = Vec<Vec<u16>>;
 
 struct Cache {
     sets: HashMap<u64, Option<Rc<PageSet>>>,
@@ -44,6 +51,7 @@ pub(crate) struct PageSet {
     /// Tuples whose second copy says something else: both were written well,
     /// so the data decides.
     disputes: RefCell<Vec<(usize, Tuple)>>,
+    slots: Rc<Slots>,
     commits: Vec<Commit>,
     sequence: Cell<u64>,
     settled: Condition,
@@ -64,7 +72,8 @@ impl Pages {
             geometry.page_rows() * geometry.members * geometry.columns() * size_of::<Tuple>() + 512;
         let capacity = (bytes / set).max(16);
         let cache = Cache { sets: HashMap::new(), order: VecDeque::new(), capacity };
-        Self { cache: RefCell::new(cache), loaded: Condition::default() }
+        let slots = (0..geometry.members).map(|member| slots(geometry, member)).collect();
+        Self { cache: RefCell::new(cache), loaded: Condition::default(), slots: Rc::new(slots) }
     }
 
     /// Whether the page is cached, or on its way.
@@ -119,7 +128,7 @@ impl Engine {
         }
         self.pages.cache.borrow_mut().shrink();
         self.pages.cache.borrow_mut().sets.insert(page, None);
-        let set = self.load(page).await;
+        let set = Box::pin(self.load(page)).await;
         let mut cache = self.pages.cache.borrow_mut();
         cache.sets.insert(page, Some(set.clone()));
         cache.order.push_back(page);
@@ -130,7 +139,7 @@ impl Engine {
 
     /// Reads a page from every member and puts the tuples together.
     async fn load(&self, page: u64) -> Rc<PageSet> {
-        let mut merge = Merge::new(self.geometry, page);
+        let mut merge = Merge::new(self.geometry, page, self.pages.slots.clone());
         let at = self.geometry.page_at(page);
         let mut memory =
             self.meta.reserve(BLOCK * self.members.len()).await.expect("smaller than the pool");
@@ -194,9 +203,10 @@ impl Engine {
             let covers = commit.wanted.get();
             set.sequence.set(set.sequence.get() + 1);
             let mut buf = memory.take(BLOCK);
-            let tuples = set.of_member(member);
-            let page = buf.pieces_mut().next().expect("one block is one piece");
-            encode_page(set.page, set.sequence.get(), self.owner(member), &tuples, page);
+            set.encode(
+                self.owner(member),
+                buf.pieces_mut().next().expect("one block is one piece"),
+            );
             let written = self
                 .write_member(member, self.geometry.page_at(set.page), buf.freeze().source())
                 .await;
@@ -227,6 +237,13 @@ impl PageSet {
     /// What is known of a block.
     pub(crate) fn tuple(&self, place: Place) -> Tuple {
         self.tuples.borrow()[self.index(place)]
+    }
+
+    /// What is known of `count` blocks in rows that follow each other.
+    pub(crate) fn tuples(&self, first: Place, count: usize) -> SmallVec<[Tuple; 16]> {
+        let (from, step) = (self.index(first), self.geometry.members * self.geometry.columns());
+        let tuples = self.tuples.borrow();
+        (0..count).map(|i| tuples[from + i * step]).collect()
     }
 
     /// The other version of a disputed tuple.
@@ -264,10 +281,11 @@ impl PageSet {
         self.commits.iter().all(|c| !c.busy.get() && c.done.get() >= c.wanted.get())
     }
 
-    /// The tuples that a member's copy of the page holds, in their order.
-    fn of_member(&self, member: usize) -> Vec<Tuple> {
+    /// Writes the bytes of a member's copy of the page.
+    fn encode(&self, owner: Owner, into: &mut [u8]) {
         let tuples = self.tuples.borrow();
-        slots(&self.geometry, self.page, member).into_iter().map(|index| tuples[index]).collect()
+        let own = self.slots[owner.role].iter().map(|slot| &tuples[usize::from(*slot)]);
+        encode_page(self.page, self.sequence.get(), owner, own, into);
     }
 }
 
@@ -275,23 +293,17 @@ fn index(g: &Geometry, record: usize, position: usize, column: usize) -> usize {
     (record * g.members + position) * g.columns() + column
 }
 
-/// For each tuple of a member's copy of a page, in order, where it is in the
-/// set.
-fn slots(g: &Geometry, page: u64, member: usize) -> Vec<usize> {
+fn slots(g: &Geometry, member: usize) -> Vec<u16> {
     let mut slots = Vec::with_capacity(g.page_rows() * g.record_tuples());
     for record in 0..g.page_rows() {
         for position in 0..g.members {
-            let (stripe, _) = g.row_of(page, record, position);
-            match g.role(stripe, member) {
-                Role::Data(column) => slots.push(index(g, record, position, column)),
-                Role::Parity => {
-                    slots.extend((0..g.columns()).map(|c| index(g, record, position, c)))
-                }
+            let slot = |column| index(g, record, position, column) as u16;
+            match g.role(position as u64, member) {
+                Role::Data(column) => slots.push(slot(column)),
+                Role::Parity => slots.extend((0..g.columns()).map(slot)),
             }
-            debug_assert_eq!(
-                slots.len(),
-                record * g.record_tuples() + g.record_range(member, position).end
-            );
+            let end = record * g.record_tuples() + g.record_range(member, position).end;
+            assert_eq!(slots.len(), end, "the order is the format's");
         }
     }
     slots
@@ -301,6 +313,7 @@ fn slots(g: &Geometry, page: u64, member: usize) -> Vec<usize> {
 struct Merge {
     geometry: Geometry,
     page: u64,
+    slots: Rc<Slots>,
     sequence: u64,
     /// What the copies say, with whether a written page said it and whose.
     found: Vec<Vec<(Tuple, bool, usize)>>,
@@ -313,13 +326,13 @@ enum Worth {
 }
 
 impl Merge {
-    fn new(geometry: Geometry, page: u64) -> Self {
+    fn new(geometry: Geometry, page: u64, slots: Rc<Slots>) -> Self {
         let found = vec![Vec::new(); geometry.page_rows() * geometry.members * geometry.columns()];
-        Self { geometry, page, sequence: 0, found }
+        Self { geometry, page, slots, sequence: 0, found }
     }
 
     fn add(&mut self, member: usize, parsed: ParsedPage) -> Worth {
-        let slots = slots(&self.geometry, self.page, member);
+        let slots = self.slots[member].iter().map(|slot| usize::from(*slot));
         match parsed {
             ParsedPage::Bad => return Worth::Nothing,
             ParsedPage::Blank => {
@@ -329,7 +342,7 @@ impl Merge {
             }
             ParsedPage::Good(sequence, tuples) => {
                 self.sequence = self.sequence.max(sequence);
-                for (slot, tuple) in slots.into_iter().zip(tuples) {
+                for (slot, tuple) in slots.zip(tuples) {
                     self.found[slot].push((tuple, true, member));
                 }
             }
@@ -368,6 +381,7 @@ impl Merge {
             geometry: self.geometry,
             tuples: RefCell::new(tuples),
             disputes: RefCell::new(disputes),
+            slots: self.slots,
             commits,
             sequence: Cell::new(self.sequence),
             settled: Condition::default(),

@@ -8,14 +8,13 @@
 //! [`mend`](Engine::mend) judges.
 
 use std::ops::Range;
-use std::rc::Rc;
 
+use smallvec::SmallVec;
 use stableio_block::{Extent, Into, Kind, Reply, path::Stage};
 use stableio_mem::{BLOCK, ForeignBuf, PoolBuf, Reservation, SgList, StableBuf, doors};
 
 use crate::engine::Engine;
 use crate::geometry::Place;
-use crate::pages::PageSet;
 use crate::tuple::State;
 
 /// Where a read goes.
@@ -141,7 +140,7 @@ impl Engine {
         }
         drop(place);
         for (place, from) in aside {
-            let block = self.mend(place).await?;
+            let block = Box::pin(self.mend(place)).await?;
             target.put(from, &block)?;
         }
         Ok(match target {
@@ -158,36 +157,22 @@ impl Engine {
         target: &mut Target,
         aside: &mut Vec<(Place, usize)>,
     ) -> Result<(), Kind> {
-        let places =
-            (0..piece.blocks).map(|i| Place { row: piece.first.row + i as u32, ..piece.first });
+        let place = |i: usize| Place { row: piece.first.row + i as u32, ..piece.first };
         if failed {
-            aside.extend(places.enumerate().map(|(i, place)| (place, piece.from + i * BLOCK)));
+            aside.extend((0..piece.blocks).map(|i| (place(i), piece.from + i * BLOCK)));
             return Ok(());
         }
-        let mut guards = Vec::with_capacity(piece.blocks);
-        let mut set: Option<Rc<PageSet>> = None;
-        for place in places {
-            guards.push(self.set_of(&mut set, place).await?.tuple(place).guard);
-        }
-        for i in target.mismatches(piece.from, &guards)? {
-            let place = Place { row: piece.first.row + i as u32, ..piece.first };
-            aside.push((place, piece.from + i * BLOCK));
+        let first = self.block_number(piece.first);
+        let mut from = piece.from;
+        for (run, count) in self.geometry.runs(first..first + piece.blocks as u64) {
+            let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
+            let guards: SmallVec<[u64; 16]> = tuples.iter().map(|t| t.guard).collect();
+            for i in target.mismatches(from, &guards)? {
+                aside.push((Place { row: run.row + i as u32, ..run }, from + i * BLOCK));
+            }
+            from += count * BLOCK;
         }
         Ok(())
-    }
-
-    /// The page set of a place, asked for only when it is another than the
-    /// last.
-    pub(crate) async fn set_of<'a>(
-        &self,
-        last: &'a mut Option<Rc<PageSet>>,
-        place: Place,
-    ) -> Result<&'a Rc<PageSet>, Kind> {
-        let (page, _) = self.geometry.page_of(place.stripe, place.row);
-        if last.as_ref().is_none_or(|set| set.number() != page) {
-            *last = Some(self.page(place.stripe, place.row).await?);
-        }
-        Ok(last.as_ref().expect("just set"))
     }
 
     /// Cuts a range into reads of members. Blocks that were never written are
@@ -201,18 +186,23 @@ impl Engine {
         let g = &self.geometry;
         let mut pieces: Vec<(usize, Piece)> = Vec::new();
         let mut aside = Vec::new();
-        let mut set = None;
-        for i in 0..len / BLOCK {
-            let (place, from) = (g.place(at / BLOCK as u64 + i as u64), i * BLOCK);
-            let member = g.data_member(place.stripe, place.column);
-            match self.set_of(&mut set, place).await?.tuple(place).state {
-                State::Lost => return Err(self.lost(place)),
-                State::Unwritten => target.zero(from, BLOCK)?,
-                State::Written if !self.alive(member) => aside.push((place, from)),
-                State::Written => match pieces.last_mut() {
-                    Some((_, last)) if last.continues(place, from) => last.blocks += 1,
-                    _ => pieces.push((member, Piece { first: place, blocks: 1, from })),
-                },
+        let first = at / BLOCK as u64;
+        let mut from = 0;
+        for (run, count) in g.runs(first..first + (len / BLOCK) as u64) {
+            let member = g.data_member(run.stripe, run.column);
+            let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
+            for (i, tuple) in tuples.iter().enumerate() {
+                let place = Place { row: run.row + i as u32, ..run };
+                match tuple.state {
+                    State::Lost => return Err(self.lost(place)),
+                    State::Unwritten => target.zero(from, BLOCK)?,
+                    State::Written if !self.alive(member) => aside.push((place, from)),
+                    State::Written => match pieces.last_mut() {
+                        Some((_, last)) if last.continues(place, from) => last.blocks += 1,
+                        _ => pieces.push((member, Piece { first: place, blocks: 1, from })),
+                    },
+                }
+                from += BLOCK;
             }
         }
         // Chunks of a member that follow each other are one read.
@@ -248,29 +238,28 @@ impl Engine {
         let pages = g.page_of(g.place(first).stripe, 0).0
             ..g.page_of(g.place(end - 1).stripe, g.chunk_blocks - 1).0 + 1;
         let stored = self.stored_pages(pages).await;
-        let mut set = None;
         let mut block = first;
-        while block < end && extents.len() < MOST {
-            let place = g.place(block);
-            let (page, record) = g.page_of(place.stripe, place.row);
-            // Blocks next to each other whose tuples are on this page.
-            let run = u64::from(g.chunk_blocks - place.row)
-                .min((g.page_rows() - record) as u64)
-                .min(end - block);
-            let known = is_in(&stored, page) || self.pages.holds(page);
-            for i in 0..run {
-                let data = known && {
-                    let place = Place { row: place.row + i as u32, ..place };
-                    self.set_of(&mut set, place).await?.tuple(place).state != State::Unwritten
-                };
-                let from = ((block + i) * BLOCK as u64).max(at);
-                let len = ((block + i + 1) * BLOCK as u64).min(at + len) - from;
-                match extents.last_mut() {
-                    Some(last) if last.data == data => last.len += len,
-                    _ => extents.push(Extent { len, data }),
-                }
+        let mut tell = |count: usize, data: bool| {
+            let from = (block * BLOCK as u64).max(at);
+            block += count as u64;
+            let len = (block * BLOCK as u64).min(at + len) - from;
+            match extents.last_mut() {
+                Some(last) if last.data == data => last.len += len,
+                _ => extents.push(Extent { len, data }),
             }
-            block += run;
+            extents.len() < MOST
+        };
+        for (run, count) in g.runs(first..end) {
+            let (page, _) = g.page_of(run.stripe, run.row);
+            let more = if is_in(&stored, page) || self.pages.holds(page) {
+                let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
+                tuples.iter().all(|tuple| tell(1, tuple.state != State::Unwritten))
+            } else {
+                tell(count, false)
+            };
+            if !more {
+                break;
+            }
         }
         Ok(extents)
     }

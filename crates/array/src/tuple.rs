@@ -17,7 +17,6 @@
 
 use stableio_mem::BLOCK;
 
-use crate::geometry::PAGE_TUPLES;
 use crate::superblock::{Id, u32_at, u64_at};
 
 const TUPLE_LEN: usize = 16;
@@ -119,15 +118,24 @@ pub enum ParsedPage {
     Bad,
 }
 
-/// Writes a page's bytes.
-pub fn encode_page(page: u64, sequence: u64, owner: Owner, tuples: &[Tuple], into: &mut [u8]) {
-    assert!(tuples.len() <= PAGE_TUPLES && into.len() == BLOCK);
+/// Writes a page's bytes. At most
+/// [`PAGE_TUPLES`](crate::geometry::PAGE_TUPLES) fit.
+pub fn encode_page<'a>(
+    page: u64,
+    sequence: u64,
+    owner: Owner,
+    tuples: impl IntoIterator<Item = &'a Tuple>,
+    into: &mut [u8],
+) {
+    assert_eq!(into.len(), BLOCK);
     into.fill(0);
     into[8..16].copy_from_slice(&page.to_le_bytes());
     into[16..24].copy_from_slice(&sequence.to_le_bytes());
     into[24..28].copy_from_slice(&owner.array.0[..4]);
     into[28..30].copy_from_slice(&(owner.role as u16).to_le_bytes());
-    for (slot, tuple) in into[TUPLES_AT..].chunks_exact_mut(TUPLE_LEN).zip(tuples) {
+    let mut slots = into[TUPLES_AT..].chunks_exact_mut(TUPLE_LEN);
+    for tuple in tuples {
+        let slot = slots.next().expect("no more tuples than fit");
         slot.copy_from_slice(&tuple.encode());
     }
     let crc = stableio_onepass::guard(&into[8..]);

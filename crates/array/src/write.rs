@@ -155,10 +155,9 @@ impl Engine {
     }
 
     async fn holds_data(&self, start: u64, stop: u64) -> Result<bool, Kind> {
-        let mut set = None;
-        for block in start / BLOCK as u64..stop.div_ceil(BLOCK as u64) {
-            let place = self.geometry.place(block);
-            if self.set_of(&mut set, place).await?.tuple(place).state != State::Unwritten {
+        for (run, count) in self.geometry.runs(start / BLOCK as u64..stop / BLOCK as u64) {
+            let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
+            if tuples.iter().any(|t| t.state != State::Unwritten) {
                 return Ok(true);
             }
         }

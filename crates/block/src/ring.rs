@@ -21,7 +21,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
-use stableio_mem::SgList;
+use stableio_mem::{Segment, SgList};
 
 use crate::sync::Condition;
 
@@ -255,6 +255,11 @@ async fn operate(list: SgList, entry: impl FnOnce(&mut Slot) -> squeue::Entry) -
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) }
 }
 
+/// Ranges that one call takes; the rest is left, and done by the next.
+fn count(segments: &[Segment]) -> u32 {
+    segments.len().min(libc::UIO_MAXIOV as usize) as u32
+}
+
 fn fd(fd: RawFd) -> types::Fd {
     types::Fd(fd)
 }
@@ -266,9 +271,7 @@ pub async fn read(file: RawFd, into: SgList, at: u64) -> io::Result<u32> {
         [one] => {
             opcode::Read::new(fd(file), one.addr as *mut u8, one.len as u32).offset(at).build()
         }
-        many => {
-            opcode::Readv::new(fd(file), many.as_ptr().cast(), many.len() as u32).offset(at).build()
-        }
+        many => opcode::Readv::new(fd(file), many.as_ptr().cast(), count(many)).offset(at).build(),
     })
     .await
 }
@@ -282,7 +285,7 @@ pub async fn write(file: RawFd, from: SgList, at: u64, durable: bool) -> io::Res
             .offset(at)
             .rw_flags(flags)
             .build(),
-        many => opcode::Writev::new(fd(file), many.as_ptr().cast(), many.len() as u32)
+        many => opcode::Writev::new(fd(file), many.as_ptr().cast(), count(many))
             .offset(at)
             .rw_flags(flags)
             .build(),

@@ -24,6 +24,10 @@ fn main() -> std::io::Result<()> {
     };
     let mut guest = Guest::connect(Path::new(socket), 1, 64 << 20)?;
     let done = guest.run(&workload)?;
-    println!("{:.0} ops/s, {:.0} MiB/s", done.ops_per_s(), done.bytes as f64 / done.elapsed.as_secs_f64() / 1048576.0);
+    println!(
+        "{:.0} ops/s, {:.0} MiB/s",
+        done.ops_per_s(),
+        done.bytes as f64 / done.elapsed.as_secs_f64() / 1048576.0
+    );
     Ok(())
 }

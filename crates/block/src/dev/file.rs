@@ -22,7 +22,7 @@ use stableio_mem::{BLOCK, ForeignBuf, Pass, Pool, SgList, doors};
 
 use crate::device::Device;
 use crate::error::{Error, Kind, OpName};
-use crate::exec::{Handle, Ticket};
+use crate::exec::{self, Handle, Ticket};
 use crate::limits::{Cache, Limits, Radius};
 use crate::request::{Body, Extent, Into, Op, Reply, Request};
 use crate::{Outcome, ring};
@@ -170,15 +170,67 @@ impl Device for FileDevice {
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
         let inner = self.inner.clone();
-        self.worker.spawn(move || async move {
-            let (op, at, len) = request.op.range();
-            let outcome = inner.run(request).await;
-            outcome.map_err(|kind| Error { kind, op, device: inner.name.clone(), at, len })
-        })
+        if !self.worker.is_here() {
+            return self.worker.spawn(move || async move { inner.begin(request).await });
+        }
+        inner.begin(request)
     }
 }
 
 impl Inner {
+    /// Begins a request on the worker's thread. On files in memory most
+    /// transfers are done before this returns.
+    fn begin(self: Arc<Self>, request: Request) -> Ticket<Outcome> {
+        let (op, at, len) = request.op.range();
+        let mut handed = None;
+        if self.in_memory && matches!(op, OpName::Read | OpName::Write) {
+            handed = HandedOver::take(len as usize);
+            if handed.is_none() {
+                let done = self.copy(request).map_err(|kind| self.error(kind, op, at, len));
+                return Ticket::ready(done);
+            }
+        }
+        exec::spawn(async move {
+            let done = self.run(request).await;
+            drop(handed);
+            done.map_err(|kind| self.error(kind, op, at, len))
+        })
+    }
+
+    fn error(&self, kind: Kind, op: OpName, at: u64, len: u64) -> Error {
+        Error { kind, op, device: self.name.clone(), at, len }
+    }
+
+    /// A read or write of a file in memory, by this thread.
+    fn copy(&self, request: Request) -> Result<Reply, Kind> {
+        let Request { op, memory } = request;
+        match op {
+            Op::Read { at, into } => match into {
+                Into::Segments(list) => self.copy_out(list, at),
+                Into::Foreign(buf) => self.copy_out(buf.target(0, buf.len()), at),
+                Into::Pool(len) => {
+                    let mut buf = memory.ok_or(Kind::Unsupported)?.take(len);
+                    self.copy_out(buf.target(0..len), at)?;
+                    Ok(Reply::Data(buf.freeze()))
+                }
+            },
+            Op::Write { at, body, .. } => in_place(body.into_segments(), |iov, count, done| {
+                let at = (at + done as u64) as libc::off_t;
+                // SAFETY: the list keeps the segments alive during the call.
+                unsafe { libc::pwritev(self.file.as_raw_fd(), iov, count, at) }
+            }),
+            _ => unreachable!("only reads and writes are copies"),
+        }
+    }
+
+    fn copy_out(&self, list: SgList, at: u64) -> Result<Reply, Kind> {
+        in_place(list, |iov, count, done| {
+            let at = (at + done as u64) as libc::off_t;
+            // SAFETY: the list keeps the segments alive during the call.
+            unsafe { libc::preadv(self.file.as_raw_fd(), iov, count, at) }
+        })
+    }
+
     async fn run(&self, request: Request) -> Result<Reply, Kind> {
         let Request { op, memory } = request;
         match op {
@@ -215,13 +267,6 @@ impl Inner {
     }
 
     async fn read(&self, mut list: SgList, mut at: u64) -> Result<(), Kind> {
-        let handed = HandedOver::take(list.len());
-        if self.in_memory && handed.is_none() {
-            return in_place(&list, |iov, count| {
-                // SAFETY: `list` keeps the segments alive during the call.
-                unsafe { libc::preadv(self.file.as_raw_fd(), iov, count, at as libc::off_t) }
-            });
-        }
         // The kernel may do less than asked, at the end of the file or for
         // its own reasons: go on until it does nothing more.
         let whole = list.len();
@@ -243,13 +288,6 @@ impl Inner {
     }
 
     async fn write(&self, mut list: SgList, mut at: u64, durable: bool) -> Result<(), Kind> {
-        let handed = HandedOver::take(list.len());
-        if self.in_memory && handed.is_none() {
-            return in_place(&list, |iov, count| {
-                // SAFETY: `list` keeps the segments alive during the call.
-                unsafe { libc::pwritev(self.file.as_raw_fd(), iov, count, at as libc::off_t) }
-            });
-        }
         let whole = list.len();
         let fd = self.file.as_raw_fd();
         let mut done = 0;
@@ -338,18 +376,30 @@ impl Inner {
     }
 }
 
-/// A transfer by the calling thread.
+/// A transfer by the calling thread: `call` gets the ranges and how many bytes
+/// are done. What the kernel leaves is tried again: only that says whether the
+/// file ends there or the memory is not accessible.
 fn in_place(
-    list: &SgList,
-    call: impl FnOnce(*const libc::iovec, libc::c_int) -> isize,
-) -> Result<(), Kind> {
-    let segments = list.segments();
-    let done = call(segments.as_ptr().cast(), segments.len() as libc::c_int);
-    match done {
-        done if done < 0 => system(Err(io::Error::last_os_error())),
-        done if done as usize == list.len() => Ok(()),
-        done => Err(Kind::Short { done: done as usize }),
+    mut list: SgList,
+    call: impl Fn(*const libc::iovec, libc::c_int, usize) -> isize,
+) -> Result<Reply, Kind> {
+    let mut done = 0;
+    while !list.is_empty() {
+        let segments = list.segments();
+        let count = segments.len().min(libc::UIO_MAXIOV as usize);
+        match call(segments.as_ptr().cast(), count as libc::c_int, done) {
+            0 => return Err(Kind::Short { done }),
+            now if now > 0 => {
+                done += now as usize;
+                list.advance(now as usize);
+            }
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => return system(Err(e)),
+            },
+        }
     }
+    Ok(Reply::Done)
 }
 
 fn system<T>(result: io::Result<T>) -> Result<T, Kind> {
