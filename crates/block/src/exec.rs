@@ -211,14 +211,39 @@ where
     Fut: Future + 'static,
     Fut::Output: Send + 'static,
 {
+    let (runnable, ticket) = task(future);
+    runnable.schedule();
+    ticket
+}
+
+/// The same, with its first step done before this returns: what that begins
+/// is under way then.
+///
+/// # Panics
+///
+/// On a thread that has none.
+pub fn spawn_begun<Fut>(future: Fut) -> Ticket<Fut::Output>
+where
+    Fut: Future + 'static,
+    Fut::Output: Send + 'static,
+{
+    let (runnable, ticket) = task(future);
+    runnable.run();
+    ticket
+}
+
+fn task<Fut>(future: Fut) -> (Runnable, Ticket<Fut::Output>)
+where
+    Fut: Future + 'static,
+    Fut::Output: Send + 'static,
+{
     let shared = CURRENT.with(|c| c.borrow().as_ref().map(|c| c.shared.clone()));
     let shared = shared.expect("on a worker's thread");
     let schedule = move |runnable| shared.schedule(runnable);
     // SAFETY: as in `Handle::spawn`; the future is made on the executor's own
     // thread and never leaves it.
     let (runnable, task) = unsafe { async_task::spawn_unchecked(future, schedule) };
-    runnable.schedule();
-    Ticket(Inner::Task(task.fallible()))
+    (runnable, Ticket(Inner::Task(task.fallible())))
 }
 
 /// Lets other ready tasks run first.
@@ -261,6 +286,18 @@ impl<T> Ticket<T> {
     /// The receiver of a result that is there already.
     pub fn ready(value: T) -> Self {
         Ticket(Inner::Ready(value))
+    }
+
+    /// The result, if it is there without waiting.
+    ///
+    /// # Errors
+    ///
+    /// The ticket again, if it is not.
+    pub fn now(mut self) -> Result<T, Self> {
+        match std::mem::replace(&mut self.0, Inner::Taken) {
+            Inner::Ready(value) => Ok(value),
+            other => Err(Ticket(other)),
+        }
     }
 
     /// Blocks this thread, which must not be a worker's, until the result is

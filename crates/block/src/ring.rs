@@ -255,6 +255,17 @@ async fn operate(list: SgList, entry: impl FnOnce(&mut Slot) -> squeue::Entry) -
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) }
 }
 
+/// Hands what this thread has queued to the kernel now, not at its next look
+/// at the ring: for transfers that another thread of the kernel's carries out
+/// while this one goes on.
+pub fn submit() {
+    let ring = RING.with(|r| r.borrow().clone());
+    if let Some(ring) = ring {
+        // What is refused now is taken at the next turn.
+        let _ = ring.io.borrow().submit();
+    }
+}
+
 /// Ranges that one call takes; the rest is left, and done by the next.
 fn count(segments: &[Segment]) -> u32 {
     segments.len().min(libc::UIO_MAXIOV as usize) as u32

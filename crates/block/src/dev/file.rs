@@ -17,6 +17,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use stableio_mem::{BLOCK, ForeignBuf, Pass, Pool, SgList, doors};
 
@@ -35,30 +36,25 @@ const MAX_TRANSFER: u32 = 1 << 20;
 const IN_PLACE: usize = 32 << 10;
 /// Longer ones are handed over while at most this many are; then the worker
 /// copies too, instead of queueing behind that thread.
-const HANDED_OVER: usize = 2;
+const HANDED_OVER: usize = 4;
 
 thread_local! {
     /// Transfers of files in memory that this worker has handed over.
     static HANDED: Cell<usize> = const { Cell::new(0) };
 }
 
-/// One transfer that was handed over; counted until it is dropped.
-struct HandedOver;
-
-impl HandedOver {
-    /// Unless the worker should do a transfer of so many bytes itself.
-    fn take(len: usize) -> Option<Self> {
-        let handed = HANDED.get();
-        (len > IN_PLACE && handed < HANDED_OVER).then(|| {
-            HANDED.set(handed + 1);
-            Self
-        })
-    }
+/// A transfer that was handed over; counted until it is dropped.
+struct HandedOver {
+    /// Whose writes it is one of.
+    written: Option<Arc<Inner>>,
 }
 
 impl Drop for HandedOver {
     fn drop(&mut self) {
         HANDED.set(HANDED.get() - 1);
+        if let Some(file) = &self.written {
+            file.writes_handed.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -87,6 +83,7 @@ struct Inner {
     limits: Limits,
     is_block: bool,
     in_memory: bool,
+    writes_handed: AtomicUsize,
     /// For the rare transfer that no reservation foresaw. Whoever holds of
     /// it waits for nothing but the kernel.
     aside: Arc<Pool>,
@@ -147,6 +144,7 @@ impl FileDevice {
             limits,
             is_block,
             in_memory,
+            writes_handed: AtomicUsize::new(0),
             aside,
         };
         Ok(Self { inner: Arc::new(inner), worker, notes })
@@ -184,16 +182,40 @@ impl Inner {
         let (op, at, len) = request.op.range();
         let mut handed = None;
         if self.in_memory && matches!(op, OpName::Read | OpName::Write) {
-            handed = HandedOver::take(len as usize);
+            handed = self.hand_over(op, len as usize);
             if handed.is_none() {
                 let done = self.copy(request).map_err(|kind| self.error(kind, op, at, len));
                 return Ticket::ready(done);
             }
         }
-        exec::spawn(async move {
+        let now = handed.is_some();
+        let ticket = exec::spawn_begun(async move {
             let done = self.run(request).await;
             drop(handed);
             done.map_err(|kind| self.error(kind, op, at, len))
+        });
+        if now {
+            ring::submit();
+        }
+        ticket
+    }
+
+    /// Whether a transfer of a file in memory goes to the kernel's thread.
+    fn hand_over(self: &Arc<Self>, op: OpName, len: usize) -> Option<HandedOver> {
+        if len <= IN_PLACE {
+            return None;
+        }
+        // Writes of one file exclude each other: while that thread writes to
+        // it, this one would only wait.
+        let write = op == OpName::Write;
+        let waits = write && self.writes_handed.load(Ordering::Relaxed) > 0;
+        (waits || HANDED.get() < HANDED_OVER).then(|| {
+            HANDED.set(HANDED.get() + 1);
+            let written = write.then(|| {
+                self.writes_handed.fetch_add(1, Ordering::Relaxed);
+                self.clone()
+            });
+            HandedOver { written }
         })
     }
 
