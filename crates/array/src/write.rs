@@ -10,8 +10,11 @@
 //! WRITE-3: log, then data, parity and tuples side by side, then the answer.
 
 use std::collections::BTreeSet;
+use std::future::{Future, poll_fn};
 use std::ops::Range;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 use smallvec::SmallVec;
 use stableio_block::{Body, Kind, Outcome, Ticket, path::Stage, sync::join};
@@ -484,22 +487,20 @@ impl Engine {
         }
         let mut writes = std::mem::take(&mut sheet.writes);
         writes.sort_by_key(|w| (w.member, w.at));
-        let mut begun = Vec::new();
-        let mut writes = writes.into_iter().peekable();
-        while let Some(mut write) = writes.next() {
-            // Chunks of a member that follow each other are one write.
-            while let Some(next) = writes
-                .next_if(|n| n.member == write.member && n.at == write.at + write.list.len() as u64)
-            {
-                write.list.append(next.list);
-            }
-            begun.push((write.member, self.write_member(write.member, write.at, write.list)));
-        }
         let commits = pages.iter().map(|(page, member)| {
             let set = sheet.sets.iter().find(|s| s.number() == *page).expect("one of ours");
             self.commit(set, *member)
         });
-        for ((_, member), done) in pages.iter().zip(join(commits).await) {
+        // Side by side; the pages set out first, as they are small and would
+        // wait longest behind the data.
+        let mut commits = pin!(join(commits));
+        let early = poll_fn(|cx| Poll::Ready(commits.as_mut().poll(cx))).await;
+        let begun = self.begin_writes(writes);
+        let committed = match early {
+            Poll::Ready(done) => done,
+            Poll::Pending => commits.await,
+        };
+        for ((_, member), done) in pages.iter().zip(committed) {
             if let Err(error) = done {
                 self.drop_member(*member, &error);
             }
@@ -513,6 +514,23 @@ impl Engine {
             }
         }
         memory_fault
+    }
+
+    /// Begins the writes, which are in the order of members and offsets;
+    /// chunks of a member that follow each other are one.
+    fn begin_writes(&self, writes: Vec<MemberWrite>) -> Vec<(usize, Ticket<Outcome>)> {
+        let mut begun = Vec::new();
+        let mut writes = writes.into_iter().peekable();
+        while let Some(mut write) = writes.next() {
+            let follows = |n: &MemberWrite, w: &MemberWrite| {
+                n.member == w.member && n.at == w.at + w.list.len() as u64
+            };
+            while let Some(next) = writes.next_if(|next| follows(next, &write)) {
+                write.list.append(next.list);
+            }
+            begun.push((write.member, self.write_member(write.member, write.at, write.list)));
+        }
+        begun
     }
 
     /// Promised memory vanished on its way to a member: its parity is there,

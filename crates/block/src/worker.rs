@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::dev;
 use crate::exec::{self, Executor, Handle};
 use crate::ring::{self, Ring};
 
@@ -77,7 +78,9 @@ fn run(executor: &Executor, ring: &Rc<Ring>, bell: Arc<OwnedFd>, stop: &AtomicBo
         ring.enter(|| {
             drop(exec::spawn(listen(bell)));
             while !stop.load(Ordering::Acquire) {
-                let more = executor.run(BUDGET);
+                // What copies beside us is soon done, and takes the next.
+                let budget = if dev::has_handed_over() { 1 } else { BUDGET };
+                let more = executor.run(budget);
                 ring.turn(!more).expect("io_uring_enter fails only for a bug");
             }
         });

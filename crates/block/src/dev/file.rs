@@ -36,11 +36,22 @@ const MAX_TRANSFER: u32 = 1 << 20;
 const IN_PLACE: usize = 32 << 10;
 /// Longer ones are handed over while at most this many are; then the worker
 /// copies too, instead of queueing behind that thread.
-const HANDED_OVER: usize = 4;
+const HANDED_OVER: usize = 5;
+/// Fewer of these for writes: that thread carries them out one by one.
+const WRITES_HANDED_OVER: usize = 2;
 
 thread_local! {
     /// Transfers of files in memory that this worker has handed over.
     static HANDED: Cell<usize> = const { Cell::new(0) };
+}
+
+fn most_handed_over(op: OpName) -> usize {
+    if op == OpName::Write { WRITES_HANDED_OVER } else { HANDED_OVER }
+}
+
+/// Whether this thread waits for transfers that it has handed over.
+pub(crate) fn has_handed_over() -> bool {
+    HANDED.get() > 0
 }
 
 /// A transfer that was handed over; counted until it is dropped.
@@ -188,13 +199,15 @@ impl Inner {
                 return Ticket::ready(done);
             }
         }
-        let now = handed.is_some();
+        // The last of a batch sets it off; fewer go with the worker's next
+        // look at the ring, which is near.
+        let full = handed.is_some() && HANDED.get() >= most_handed_over(op);
         let ticket = exec::spawn_begun(async move {
             let done = self.run(request).await;
             drop(handed);
             done.map_err(|kind| self.error(kind, op, at, len))
         });
-        if now {
+        if full {
             ring::submit();
         }
         ticket
@@ -209,7 +222,7 @@ impl Inner {
         // it, this one would only wait.
         let write = op == OpName::Write;
         let waits = write && self.writes_handed.load(Ordering::Relaxed) > 0;
-        (waits || HANDED.get() < HANDED_OVER).then(|| {
+        (waits || HANDED.get() < most_handed_over(op)).then(|| {
             HANDED.set(HANDED.get() + 1);
             let written = write.then(|| {
                 self.writes_handed.fetch_add(1, Ordering::Relaxed);
