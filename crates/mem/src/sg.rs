@@ -56,6 +56,12 @@ impl SgList {
         Self { segments: self.segments.clone(), keep: self.keep.clone(), len: self.len }
     }
 
+    /// Keeps `keep` until the list is dropped, which is when the kernel is
+    /// done with it.
+    pub fn hold(&mut self, keep: KeepAlive) {
+        self.keep.push(keep);
+    }
+
     /// Drops the first `bytes`: the kernel did them already.
     pub fn advance(&mut self, bytes: usize) {
         let left = self.len - bytes;

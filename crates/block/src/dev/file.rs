@@ -203,8 +203,7 @@ impl Inner {
         // look at the ring, which is near.
         let full = handed.is_some() && HANDED.get() >= most_handed_over(op);
         let ticket = exec::spawn_begun(async move {
-            let done = self.run(request).await;
-            drop(handed);
+            let done = self.run(request, handed).await;
             done.map_err(|kind| self.error(kind, op, at, len))
         });
         if full {
@@ -266,20 +265,22 @@ impl Inner {
         })
     }
 
-    async fn run(&self, request: Request) -> Result<Reply, Kind> {
+    async fn run(&self, request: Request, handed: Option<HandedOver>) -> Result<Reply, Kind> {
         let Request { op, memory } = request;
         match op {
             Op::Read { at, into } => match into {
-                Into::Segments(list) => self.read(list, at).await.map(|()| Reply::Done),
-                Into::Foreign(buf) => self.read_foreign(buf, at).await.map(|()| Reply::Done),
+                Into::Segments(list) => self.read(list, at, handed).await.map(|()| Reply::Done),
+                Into::Foreign(buf) => {
+                    self.read_foreign(buf, at, handed).await.map(|()| Reply::Done)
+                }
                 Into::Pool(len) => {
                     let mut buf = memory.ok_or(Kind::Unsupported)?.take(len);
-                    let done = self.read(buf.target(0..len), at).await;
+                    let done = self.read(buf.target(0..len), at, handed).await;
                     done.map(|()| Reply::Data(buf.freeze()))
                 }
             },
             Op::Write { at, body, fua, .. } => {
-                self.write(body.into_segments(), at, fua).await.map(|()| Reply::Done)
+                self.write(body.into_segments(), at, fua, handed).await.map(|()| Reply::Done)
             }
             Op::Flush => system(ring::sync(self.file.as_raw_fd()).await).map(|()| Reply::Done),
             Op::Discard { at, len } => match self.punch(at, len).await {
@@ -301,7 +302,12 @@ impl Inner {
         }
     }
 
-    async fn read(&self, mut list: SgList, mut at: u64) -> Result<(), Kind> {
+    async fn read(
+        &self,
+        mut list: SgList,
+        mut at: u64,
+        mut handed: Option<HandedOver>,
+    ) -> Result<(), Kind> {
         // The kernel may do less than asked, at the end of the file or for
         // its own reasons: go on until it does nothing more.
         let whole = list.len();
@@ -309,6 +315,9 @@ impl Inner {
         let mut done = 0;
         loop {
             let rest = list.duplicate();
+            // Over when the kernel is done, which the ring sees before this
+            // task has its turn.
+            handed.take().into_iter().for_each(|h| list.hold(Arc::new(h)));
             let now = system(ring::read(fd, list, at).await)? as usize;
             done += now;
             match now {
@@ -322,12 +331,21 @@ impl Inner {
         }
     }
 
-    async fn write(&self, mut list: SgList, mut at: u64, durable: bool) -> Result<(), Kind> {
+    async fn write(
+        &self,
+        mut list: SgList,
+        mut at: u64,
+        durable: bool,
+        mut handed: Option<HandedOver>,
+    ) -> Result<(), Kind> {
         let whole = list.len();
         let fd = self.file.as_raw_fd();
         let mut done = 0;
         loop {
             let rest = list.duplicate();
+            // Over when the kernel is done, which the ring sees before this
+            // task has its turn.
+            handed.take().into_iter().for_each(|h| list.hold(Arc::new(h)));
             let now = system(ring::write(fd, list, at, durable).await)? as usize;
             done += now;
             match now {
@@ -344,12 +362,17 @@ impl Inner {
     /// Lazy: straight into foreign memory. Where the stack below verifies,
     /// an error may mean only that the buffer changed meanwhile: then once
     /// more, privately.
-    async fn read_foreign(&self, buf: ForeignBuf, at: u64) -> Result<(), Kind> {
+    async fn read_foreign(
+        &self,
+        buf: ForeignBuf,
+        at: u64,
+        handed: Option<HandedOver>,
+    ) -> Result<(), Kind> {
         let len = buf.len();
-        match self.read(buf.target(0, len), at).await {
+        match self.read(buf.target(0, len), at, handed).await {
             Err(Kind::System(libc::EIO | libc::EILSEQ | libc::EBADMSG)) => {
                 let mut private = self.aside.reserve(len).await?.take(len);
-                self.read(private.target(0..len), at).await?;
+                self.read(private.target(0..len), at, None).await?;
                 doors::copy_out(&private.freeze(), &buf, 0)?;
                 Ok(())
             }
@@ -372,7 +395,7 @@ impl Inner {
         let zeros = zeros.freeze();
         while len > 0 {
             let now = len.min(zeros.len() as u64);
-            self.write(Body::Stable(zeros.slice(0..now as usize)).into_segments(), at, false)
+            self.write(Body::Stable(zeros.slice(0..now as usize)).into_segments(), at, false, None)
                 .await?;
             at += now;
             len -= now;
