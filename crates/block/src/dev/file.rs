@@ -214,14 +214,12 @@ impl Inner {
 
     /// Whether a transfer of a file in memory goes to the kernel's thread.
     fn hand_over(self: &Arc<Self>, op: OpName, len: usize) -> Option<HandedOver> {
-        if len <= IN_PLACE {
-            return None;
-        }
         // Writes of one file exclude each other: while that thread writes to
         // it, this one would only wait.
         let write = op == OpName::Write;
         let waits = write && self.writes_handed.load(Ordering::Relaxed) > 0;
-        (waits || HANDED.get() < most_handed_over(op)).then(|| {
+        let worth_it = len > IN_PLACE && HANDED.get() < most_handed_over(op);
+        (waits || worth_it).then(|| {
             HANDED.set(HANDED.get() + 1);
             let written = write.then(|| {
                 self.writes_handed.fetch_add(1, Ordering::Relaxed);
