@@ -82,10 +82,16 @@ struct ServeArgs {
     /// Serve this image, volume or disk as it is instead: no array, no checksums
     #[arg(long, conflicts_with_all = ["members", "trust_member"])]
     raw: Option<PathBuf>,
-    /// What to serve it as, once or more:
-    /// nbd,path=SOCKET|tcp=ADDR:PORT[,name=N][,mode=0660][,group=G][,readonly]
-    /// vhost-user-blk,path=SOCKET[,name=N][,queues=2][,buffers=unstable|stable][,mode=][,group=][,readonly]
-    #[arg(long = "export", value_name = "TYPE,KEY=VALUE,…", required = true)]
+    /// What to serve it as, once or more
+    #[arg(
+        long = "export",
+        value_name = "TYPE,KEY=VALUE,…",
+        required = true,
+        help = "What to serve it as, once or more:\n\
+                nbd,path=SOCKET|tcp=ADDR:PORT[,name=N][,mode=0660][,group=G][,readonly]\n\
+                vhost-user-blk,path=SOCKET[,name=N][,queues=2][,buffers=unstable|stable]\
+                [,mode=0660][,group=G][,readonly]"
+    )]
     exports: Vec<ExportSpec>,
     /// Where members exclude each other: the one whose data is wanted
     #[arg(long, value_name = "MEMBER")]
