@@ -28,7 +28,7 @@ fn overlapping_writes_never_mix_inside_a_block() {
         let mut world = World::new(shape, 40 + i as u64);
         world.fill(0..256 << 10);
         let mut contended = 0;
-        for round in 0..60 {
+        for round in 0..150 {
             let flights: Vec<_> = (0..AT_ONCE)
                 .map(|_| {
                     let len = 512 * world.random.between(1, 64);
