@@ -11,6 +11,7 @@
 use std::cell::Cell;
 use std::ffi::CString;
 use std::fs::File;
+use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -300,61 +301,20 @@ impl Inner {
         }
     }
 
-    async fn read(
-        &self,
-        mut list: SgList,
-        mut at: u64,
-        mut handed: Option<HandedOver>,
-    ) -> Result<(), Kind> {
-        // The kernel may do less than asked, at the end of the file or for
-        // its own reasons: go on until it does nothing more.
-        let whole = list.len();
+    async fn read(&self, list: SgList, at: u64, handed: Option<HandedOver>) -> Result<(), Kind> {
         let fd = self.file.as_raw_fd();
-        let mut done = 0;
-        loop {
-            let rest = list.duplicate();
-            // Over when the kernel is done, which the ring sees before this
-            // task has its turn.
-            handed.take().into_iter().for_each(|h| list.hold(Arc::new(h)));
-            let now = system(ring::read(fd, list, at).await)? as usize;
-            done += now;
-            match now {
-                _ if done == whole => return Ok(()),
-                0 => return Err(Kind::Short { done }),
-                _ => {}
-            }
-            list = rest;
-            list.advance(now);
-            at += now as u64;
-        }
+        whole(list, at, handed, |list, at| ring::read(fd, list, at)).await
     }
 
     async fn write(
         &self,
-        mut list: SgList,
-        mut at: u64,
+        list: SgList,
+        at: u64,
         durable: bool,
-        mut handed: Option<HandedOver>,
+        handed: Option<HandedOver>,
     ) -> Result<(), Kind> {
-        let whole = list.len();
         let fd = self.file.as_raw_fd();
-        let mut done = 0;
-        loop {
-            let rest = list.duplicate();
-            // Over when the kernel is done, which the ring sees before this
-            // task has its turn.
-            handed.take().into_iter().for_each(|h| list.hold(Arc::new(h)));
-            let now = system(ring::write(fd, list, at, durable).await)? as usize;
-            done += now;
-            match now {
-                _ if done == whole => return Ok(()),
-                0 => return Err(Kind::Short { done }),
-                _ => {}
-            }
-            list = rest;
-            list.advance(now);
-            at += now as u64;
-        }
+        whole(list, at, handed, |list, at| ring::write(fd, list, at, durable)).await
     }
 
     /// Lazy: straight into foreign memory. Where the stack below verifies,
@@ -429,6 +389,34 @@ impl Inner {
             at = hole;
         }
         Ok(extents)
+    }
+}
+
+/// A transfer through the ring. The kernel may do less than asked, at the end
+/// of the file or for its own reasons: it goes on until nothing more is done.
+async fn whole<F: Future<Output = io::Result<u32>>>(
+    mut list: SgList,
+    mut at: u64,
+    mut handed: Option<HandedOver>,
+    once: impl Fn(SgList, u64) -> F,
+) -> Result<(), Kind> {
+    let want = list.len();
+    let mut done = 0;
+    loop {
+        let rest = list.duplicate();
+        // Over when the kernel is done, which the ring sees before this task
+        // has its turn.
+        handed.take().into_iter().for_each(|h| list.hold(Arc::new(h)));
+        let now = system(once(list, at).await)? as usize;
+        done += now;
+        match now {
+            _ if done == want => return Ok(()),
+            0 => return Err(Kind::Short { done }),
+            _ => {}
+        }
+        list = rest;
+        list.advance(now);
+        at += now as u64;
     }
 }
 
