@@ -37,7 +37,10 @@ const MAX_TRANSFER: u32 = 1 << 20;
 const IN_PLACE: usize = 32 << 10;
 /// Longer ones are handed over while at most this many are; then the worker
 /// copies too, instead of queueing behind that thread.
-const HANDED_OVER: usize = 5;
+const HANDED_OVER: usize = 8;
+/// Fewer of those that keep it busy for long.
+const LONG_HANDED_OVER: usize = 5;
+const LONG: usize = 512 << 10;
 /// Fewer of these for writes: that thread carries them out one by one.
 const WRITES_HANDED_OVER: usize = 2;
 
@@ -46,8 +49,12 @@ thread_local! {
     static HANDED: Cell<usize> = const { Cell::new(0) };
 }
 
-fn most_handed_over(op: OpName) -> usize {
-    if op == OpName::Write { WRITES_HANDED_OVER } else { HANDED_OVER }
+fn most_handed_over(op: OpName, len: usize) -> usize {
+    match op {
+        OpName::Write => WRITES_HANDED_OVER,
+        _ if len >= LONG => LONG_HANDED_OVER,
+        _ => HANDED_OVER,
+    }
 }
 
 /// Whether this thread waits for transfers that it has handed over.
@@ -202,7 +209,7 @@ impl Inner {
         }
         // The last of a batch sets it off; fewer go with the worker's next
         // look at the ring, which is near.
-        let full = handed.is_some() && HANDED.get() >= most_handed_over(op);
+        let full = handed.is_some() && HANDED.get() >= most_handed_over(op, len as usize);
         let ticket = exec::spawn_begun(async move {
             let done = self.run(request, handed).await;
             done.map_err(|kind| self.error(kind, op, at, len))
@@ -219,7 +226,7 @@ impl Inner {
         // it, this one would only wait.
         let write = op == OpName::Write;
         let waits = write && self.writes_handed.load(Ordering::Relaxed) > 0;
-        let worth_it = len > IN_PLACE && HANDED.get() < most_handed_over(op);
+        let worth_it = len > IN_PLACE && HANDED.get() < most_handed_over(op, len);
         (waits || worth_it).then(|| {
             HANDED.set(HANDED.get() + 1);
             let written = write.then(|| {
