@@ -241,7 +241,7 @@ where
     let shared = shared.expect("on a worker's thread");
     let schedule = move |runnable| shared.schedule(runnable);
     // SAFETY: as in `Handle::spawn`; the future is made on the executor's own
-    // thread and never leaves it.
+    // thread and never leaves it: `spawn_begun` runs it there once itself.
     let (runnable, task) = unsafe { async_task::spawn_unchecked(future, schedule) };
     (runnable, Ticket(Inner::Task(task.fallible())))
 }
