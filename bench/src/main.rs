@@ -6,13 +6,16 @@
 //!
 //! A new family is a module with a `run` like the others' and an entry in [`FAMILIES`].
 
+mod chart;
 mod compare;
 mod guests;
+mod host;
 mod nbd;
 mod protect;
 mod report;
 mod servers;
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -33,6 +36,7 @@ struct Family {
 const FAMILIES: &[Family] = &[
     Family { name: nbd::NAME, about: nbd::ABOUT, run: nbd::run },
     Family { name: guests::NAME, about: guests::ABOUT, run: guests::run },
+    Family { name: host::NAME, about: host::ABOUT, run: host::run },
     Family { name: protect::NAME, about: protect::ABOUT, run: protect::run },
 ];
 
@@ -55,6 +59,9 @@ struct Args {
     /// Samples of one second instead of four.
     #[arg(long)]
     quick: bool,
+    /// Draw the ratios, as an SVG.
+    #[arg(long, value_name = "FILE")]
+    chart: Option<PathBuf>,
     /// Measure the peers alone, to check a machine or the clients.
     #[arg(long)]
     peers_only: bool,
@@ -83,13 +90,19 @@ fn main() -> anyhow::Result<()> {
     }
     let seconds = if args.quick { 1 } else { 4 };
     let plan = Plan { sample: Duration::from_secs(seconds), peers_only: args.peers_only };
-    measure(&chosen, &plan, args.json)
+    measure(&chosen, &plan, args.json, args.chart.as_deref())
 }
 
 /// Runs the families and prints each as soon as it is complete.
-fn measure(families: &[&Family], plan: &Plan, json: bool) -> anyhow::Result<()> {
+fn measure(
+    families: &[&Family],
+    plan: &Plan,
+    json: bool,
+    chart: Option<&Path>,
+) -> anyhow::Result<()> {
     let header = Header::of_this_machine()?;
     let mut without_ours = 0;
+    let mut all = Vec::new();
     for family in families {
         let rows = (family.run)(plan).with_context(|| format!("family {}", family.name))?;
         without_ours += rows.iter().filter(|row| row.ours.is_none()).count();
@@ -98,6 +111,10 @@ fn measure(families: &[&Family], plan: &Plan, json: bool) -> anyhow::Result<()> 
         } else {
             report::print_table(&header, family.about, &rows);
         }
+        all.extend(rows);
+    }
+    if let Some(path) = chart {
+        chart::draw(path, &header, &all).with_context(|| path.display().to_string())?;
     }
     if without_ours > 0 && !plan.peers_only {
         bail!("{without_ours} rows lack our side");

@@ -32,6 +32,13 @@ impl Header {
     }
 }
 
+impl Header {
+    /// In a line.
+    pub(crate) fn machine(&self) -> String {
+        format!("{}, Linux {}", self.processor, self.kernel)
+    }
+}
+
 /// One object per line.
 pub(crate) fn print_json(header: &Header, rows: &[Row]) -> anyhow::Result<()> {
     #[derive(Serialize)]

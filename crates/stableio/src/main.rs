@@ -2,12 +2,17 @@
 //!
 //! Exit codes: 0 done, 1 an error (one line on stderr) or, for `torture`,
 //! damage, 2 a wrong command line, 4 `torture` raced too little to show
-//! anything.
+//! anything. `probe`: 0 safe, 1 at risk, 2 a path that is not there, 3 it
+//! can not tell. `run` and `detect`: the program's own, 126 if it can not be
+//! executed (or watched), 127 if it is not there.
 
 mod create;
 mod demo;
+mod detect;
 mod export;
 mod members;
+mod probe;
+mod run;
 mod serve;
 mod show;
 mod status;
@@ -44,6 +49,12 @@ enum Command {
     Examine(ExamineArgs),
     /// Asks running servers how they are
     Status(StatusArgs),
+    /// Says whether a buffer that changes in flight does damage under a path
+    Probe(probe::ProbeArgs),
+    /// Runs a program with safe direct I/O
+    Run(run::RunArgs),
+    /// Watches whether a program changes its buffers during direct I/O
+    Detect(detect::DetectArgs),
     /// Tries to break an array with memory that changes in flight
     Torture(TortureArgs),
     /// Ten seconds of proof, then a small array to try
@@ -203,6 +214,9 @@ fn main() -> ExitCode {
         Command::List(args) => show::list(&args.dirs, args.json),
         Command::Examine(args) => show::examine(&args.member, args.json),
         Command::Status(args) => status::run(args.name.as_deref(), args.json),
+        Command::Probe(args) => probe::run(&args),
+        Command::Run(args) => run::run(args),
+        Command::Detect(args) => detect::run(args),
         Command::Torture(args) => demo::torture(args),
         Command::Demo(args) => demo::run(args),
     };

@@ -19,7 +19,7 @@ use stableio_array::superblock::BadSuperblock;
 use stableio_array::{Array, AssembleError, Assembly, Health, OpenError, Superblock};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
-use stableio_block::{Device, Stack, Worker};
+use stableio_block::{Device, Radius, Stack, Worker};
 use stableio_front::nbd::{Export, NbdServer};
 use stableio_front::socket::{Listener, SocketError};
 use stableio_front::vhost_user_blk::{self, VhostUserBlk};
@@ -195,7 +195,8 @@ fn open_raw(path: &Path, name: String, args: &ServeArgs, worker: &Worker) -> Res
             limits.logical
         );
     }
-    let notes = device.notes().to_vec();
+    let mut notes = device.notes().to_vec();
+    notes.push(foreign_memory(&device));
     let traffic = Arc::default();
     Ok(Source {
         name,
@@ -206,6 +207,15 @@ fn open_raw(path: &Path, name: String, args: &ServeArgs, worker: &Worker) -> Res
         array: None,
         notes,
     })
+}
+
+/// What becomes of a guest's memory, and why (FILE-1).
+fn foreign_memory(device: &FileDevice) -> String {
+    let becomes = match device.limits().write_radius {
+        Radius::Nobody => "written as it is, where it is aligned",
+        Radius::Issuer | Radius::Everyone => "copied once before it is written",
+    };
+    format!("a guest's memory is {becomes}: {}", device.storage())
 }
 
 /// Tries again for a moment what a server that was just killed may still hold:

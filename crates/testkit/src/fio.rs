@@ -1,5 +1,6 @@
 //! fio, the load generator that storage people trust, and its figures.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::process::Command;
 
@@ -23,9 +24,16 @@ pub struct FioReport {
 ///
 /// An error of the I/O itself, such as a failed verification, is an error here.
 pub fn fio(options: &[(&str, &str)]) -> io::Result<FioReport> {
+    fio_under(&[], options)
+}
+
+/// The same under another program, which starts it: `stableio run --policy bounce --`.
+pub fn fio_under(launcher: &[OsString], options: &[(&str, &str)]) -> io::Result<FioReport> {
     // Not from its standard output: there the nbd engine announces its connection, before the JSON.
     let output = NamedTempFile::new()?;
-    let mut command = Command::new("fio");
+    let mut words = launcher.iter().map(OsString::as_os_str).chain([OsStr::new("fio")]);
+    let mut command = Command::new(words.next().expect("fio at least"));
+    command.args(words);
     command.args(["--name=job", "--group_reporting", "--output-format=json"]);
     command.arg(format!("--output={}", output.path().display()));
     command.args(options.iter().map(|(key, value)| format!("--{key}={value}")));

@@ -23,8 +23,10 @@
 mod array;
 mod child;
 mod fio;
+mod mounts;
 mod peers;
 mod qemu_io;
+pub mod racer;
 mod random;
 mod scratch;
 mod serve;
@@ -35,9 +37,11 @@ pub use array::{Raid5, bytes_taken, copy_sparse, first_difference};
 pub use child::{Child, Ended, is_listening};
 pub use rustix::process::Signal;
 
-pub use fio::{FioReport, fio};
+pub use fio::{FioReport, fio, fio_under};
+pub use mounts::Mounted;
 pub use peers::{Aio, HostIo, QemuNbd, StorageDaemon};
 pub use qemu_io::qemu_io;
+pub use racer::Racer;
 pub use random::Random;
 pub use scratch::Scratch;
 pub use serve::{

@@ -1,9 +1,9 @@
 //! A device on a file, a volume or a disk of the host: O_DIRECT through
 //! io_uring.
 //!
-//! FILE-1: what lies under a path is unknown until the inspector says; until
-//! then the device counts as sampling twice, for everybody: *unknown means
-//! stabilize*.
+//! FILE-1: the radius is that of what lies under the file, by the inspector;
+//! what it does not know counts as sampling twice, for everybody: *unknown
+//! means stabilize*. Through the page cache every transfer is one copy.
 //!
 //! FILE-2: a file that is open is locked (an OFD lock; `O_EXCL` on block
 //! devices), so that no two processes write to one member.
@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use stableio_inspect::{Alignment, Host, Report};
 use stableio_mem::{BLOCK, ForeignBuf, Pass, Pool, SgList, doors};
 
 use crate::device::Device;
@@ -93,6 +94,7 @@ pub struct FileDevice {
     inner: Arc<Inner>,
     worker: Handle,
     notes: Vec<String>,
+    storage: String,
 }
 
 struct Inner {
@@ -139,7 +141,8 @@ impl FileDevice {
             lock(&file, options.read_only).map_err(fail)?;
         }
         let whole = size(&file).map_err(fail)?;
-        let geometry = Geometry::of(&file, is_block, direct);
+        let under = Under::of(&file, direct);
+        let geometry = Geometry::of(&file, is_block, direct, under.alignment);
         let size = options.size.unwrap_or(whole) / u64::from(geometry.logical)
             * u64::from(geometry.logical);
         let limits = Limits {
@@ -150,8 +153,8 @@ impl FileDevice {
             max_transfer: MAX_TRANSFER,
             atomic: geometry.logical,
             cache: Cache::Volatile,
-            write_radius: Radius::Everyone,
-            read_radius: Radius::Everyone,
+            write_radius: under.write_radius,
+            read_radius: under.read_radius,
             pass: Pass::default(),
         };
         let in_memory = is_in_memory(&file);
@@ -166,7 +169,13 @@ impl FileDevice {
             writes_handed: AtomicUsize::new(0),
             aside,
         };
-        Ok(Self { inner: Arc::new(inner), worker, notes })
+        Ok(Self { inner: Arc::new(inner), worker, notes, storage: under.why })
+    }
+
+    /// What lies under the file, in a line: why foreign memory goes there as
+    /// it is, or does not.
+    pub fn storage(&self) -> &str {
+        &self.storage
     }
 
     /// What a person should know about how it was opened.
@@ -517,6 +526,38 @@ pub fn size(file: &File) -> io::Result<u64> {
     if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) }
 }
 
+/// What lies under an open file, and so who is hurt (FILE-1).
+struct Under {
+    write_radius: Radius,
+    read_radius: Radius,
+    alignment: Option<Alignment>,
+    why: String,
+}
+
+impl Under {
+    fn of(file: &File, direct: bool) -> Self {
+        let (write_radius, read_radius, alignment, why) = match Host::this().of_file(file) {
+            _ if !direct => {
+                let why = "every transfer is a copy through the page cache".to_owned();
+                (Radius::Nobody, Radius::Nobody, None, why)
+            }
+            Ok(Report { write_radius, read_radius, alignment, reason, .. }) => {
+                (radius(write_radius), radius(read_radius), alignment, reason)
+            }
+            Err(error) => (Radius::Everyone, Radius::Everyone, None, error.to_string()),
+        };
+        Self { write_radius, read_radius, alignment, why }
+    }
+}
+
+fn radius(inspected: stableio_inspect::Radius) -> Radius {
+    match inspected {
+        stableio_inspect::Radius::Nobody => Radius::Nobody,
+        stableio_inspect::Radius::Issuer => Radius::Issuer,
+        stableio_inspect::Radius::Everyone => Radius::Everyone,
+    }
+}
+
 /// What direct I/O on a file must be aligned to.
 struct Geometry {
     logical: u32,
@@ -525,7 +566,7 @@ struct Geometry {
 }
 
 impl Geometry {
-    fn of(file: &File, is_block: bool, direct: bool) -> Self {
+    fn of(file: &File, is_block: bool, direct: bool, inspected: Option<Alignment>) -> Self {
         if is_block {
             let logical = ioctl_u32(file, libc::BLKSSZGET).unwrap_or(512);
             // BLKPBSZGET, which libc does not name.
@@ -535,27 +576,13 @@ impl Geometry {
         if !direct {
             return Self { logical: 512, physical: BLOCK as u32, memory_align: 1 };
         }
-        // STATX_DIOALIGN where the file system answers (Linux 6.1); otherwise
-        // the block size that never fails.
-        // SAFETY: all-zero is a valid `statx`, filled by the call.
-        let mut stx: libc::statx = unsafe { std::mem::zeroed() };
-        const STATX_DIOALIGN: u32 = 0x2000;
-        // SAFETY: an empty path with AT_EMPTY_PATH names the open file; `stx`
-        // is writable for the call's length.
-        let done = unsafe {
-            libc::statx(
-                file.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_EMPTY_PATH,
-                STATX_DIOALIGN,
-                &raw mut stx,
-            )
-        };
-        let known = done == 0 && stx.stx_mask & STATX_DIOALIGN != 0 && stx.stx_dio_offset_align > 0;
-        let (offset, memory) = match known {
-            true => (stx.stx_dio_offset_align.max(512), stx.stx_dio_mem_align.max(1)),
-            false if is_in_memory(file) => (512, 1),
-            false => (BLOCK as u32, BLOCK as u32),
+        // What nobody knows is the block size, which never fails.
+        let (offset, memory) = match inspected {
+            Some(Alignment { offset_bytes, memory_bytes }) => {
+                (offset_bytes.max(512), memory_bytes.max(1))
+            }
+            None if is_in_memory(file) => (512, 1),
+            None => (BLOCK as u32, BLOCK as u32),
         };
         Self { logical: offset, physical: (BLOCK as u32).max(offset), memory_align: memory }
     }

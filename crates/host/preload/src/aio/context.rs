@@ -1,0 +1,435 @@
+//! Contexts: what the program has, and what the kernel has, of each.
+//!
+//! ```text
+//!  the program's aio_context_t          hidden
+//!        │                                 │
+//!        v                                 v
+//!   visible ring (ours, aio_ring)     the kernel's ring (H)
+//!        ^                                 │
+//!        └── publish ── shadows: finish <──┘
+//! ```
+//!
+//! A context is a place in a table. It, its memory and H stay while anybody holds it ([`hold`]):
+//! `io_destroy` takes it from the program, and the last holder takes it down.
+
+use core::ops::Deref;
+use core::ptr;
+use core::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use stableio_onepass as onepass;
+
+use super::abi::{
+    AIO_RING_COMPAT_FEATURES, AIO_RING_INCOMPAT_FEATURES, AIO_RING_MAGIC, Event, Iocb, Ring,
+};
+use super::finish::{Shadow, What};
+use crate::gate::syscall;
+use crate::pool::PAGE;
+use crate::signals;
+
+/// Most contexts of a process.
+const CONTEXTS: usize = 1024;
+/// Events that the visible ring has room for beyond what the kernel's has: each thread that is in
+/// `io_submit` may overrun [`Context::full`] by one.
+const SLACK: u32 = 64;
+
+/// A context of the program's.
+pub(super) struct Context {
+    /// [`FREE`], [`LIVE`] or [`DYING`], and below it how many hold the context.
+    state: AtomicU64,
+    /// H: the kernel's context, and the address of its ring.
+    kernel: AtomicUsize,
+    /// Our mapping: the visible ring, then the shadows.
+    mapping: AtomicUsize,
+    bytes: AtomicUsize,
+    /// How many shadows there are; as many I/Os as the kernel takes.
+    shadows: AtomicU32,
+    /// Shadows that were ever used.
+    used: AtomicU32,
+    /// Number plus one of the first free shadow, and a count against ABA.
+    free: AtomicU64,
+    /// I/Os that the program submitted and has not got events of, but for those in the ring.
+    pub(super) in_flight: AtomicU32,
+    /// Those of them that [`crate::io`] knows: memory of the program's is behind them.
+    pub(super) concerned: AtomicU32,
+    /// Threads of the program that wait in the kernel for events of H.
+    pub(super) waiters: AtomicU32,
+    /// 1 when the program was seen to look at the visible ring, or to wait on an eventfd.
+    pub(super) peeked_at: AtomicU32,
+    /// Held while the visible ring is changed by us. With signals blocked, so that no handler on
+    /// the same thread ever waits for it.
+    lock: AtomicU32,
+    /// Where we last left or saw the visible ring's head.
+    head: AtomicU32,
+    /// The head of H's ring when the watch last looked, plus one; 0: nothing was there.
+    pub(super) stale: AtomicI64,
+}
+
+const FREE: u64 = 0;
+const LIVE: u64 = 1 << 32;
+const DYING: u64 = 2 << 32;
+const STATE: u64 = 3 << 32;
+
+static TABLE: [Context; CONTEXTS] = [const { Context::NEW }; CONTEXTS];
+/// Places that were ever used.
+static USED: AtomicUsize = AtomicUsize::new(0);
+
+/// A context that stays while this lives.
+pub(super) struct Held(&'static Context);
+
+impl Held {
+    /// For somebody else to hold, by [`Held::from_raw`].
+    pub(super) fn into_raw(self) -> &'static Context {
+        let context = self.0;
+        core::mem::forget(self);
+        context
+    }
+
+    /// # Safety
+    ///
+    /// From [`Held::into_raw`], once for each.
+    pub(super) unsafe fn from_raw(context: &'static Context) -> Held {
+        Held(context)
+    }
+}
+
+impl Clone for Held {
+    fn clone(&self) -> Held {
+        self.0.state.fetch_add(1, Ordering::Relaxed);
+        Held(self.0)
+    }
+}
+
+impl Deref for Held {
+    type Target = Context;
+
+    fn deref(&self) -> &Context {
+        self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.0.state.fetch_sub(1, Ordering::AcqRel) == DYING | 1 {
+            self.0.take_down();
+        }
+    }
+}
+
+/// The context that the program names; `None` if it is none of ours.
+pub(super) fn hold(address: usize) -> Option<Held> {
+    let mut id = 0u32;
+    // SAFETY: the program's memory is foreign, and may be inaccessible; ours holds four bytes.
+    // The first word of a ring is its number.
+    unsafe { onepass::copy_in(address as *const u8, (&raw mut id).cast(), 4) }.ok()?;
+    let held = hold_at(id as usize)?;
+    (held.mapping.load(Ordering::Relaxed) == address).then_some(held)
+}
+
+/// The context in this place, if it is live.
+pub(super) fn hold_at(place: usize) -> Option<Held> {
+    let context = TABLE.get(place)?;
+    let live = |now: u64| (now & STATE == LIVE).then_some(now + 1);
+    context.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, live).ok()?;
+    Some(Held(context))
+}
+
+/// How many places there are to look at.
+pub(super) fn places() -> usize {
+    USED.load(Ordering::Acquire).min(CONTEXTS)
+}
+
+/// A forked child has none of its parent's contexts, nor their memory.
+pub(super) fn after_fork() {
+    for context in &TABLE[..places()] {
+        context.state.store(FREE, Ordering::Relaxed);
+        context.mapping.store(0, Ordering::Relaxed);
+    }
+    USED.store(0, Ordering::Relaxed);
+}
+
+/// Makes a context around the kernel's `kernel`. Returns what the program is to have for it; `None`
+/// if there is no room.
+pub(super) fn make(kernel: usize) -> Option<usize> {
+    let (place, context) = claim()?;
+    // SAFETY: the kernel maps its ring there for the life of its context.
+    let theirs = unsafe { &*(kernel as *const Ring) };
+    let shadows = theirs.nr.load(Ordering::Relaxed);
+    let nr = shadows + SLACK;
+    let ring_bytes = (size_of::<Ring>() + nr as usize * size_of::<Event>()).next_multiple_of(PAGE);
+    let bytes = ring_bytes + shadows as usize * size_of::<Shadow>();
+    let (prot, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping, where the kernel likes it; a child does not get it, as it does not get
+    // the kernel's rings.
+    let mapping = unsafe {
+        let mapping = syscall!(libc::SYS_mmap, 0, bytes, prot, flags, -1isize, 0);
+        if mapping < 0 {
+            context.state.store(FREE, Ordering::Release);
+            return None;
+        }
+        syscall!(libc::SYS_madvise, mapping, bytes, libc::MADV_DONTFORK);
+        mapping as usize
+    };
+    context.kernel.store(kernel, Ordering::Relaxed);
+    context.mapping.store(mapping, Ordering::Relaxed);
+    context.bytes.store(bytes, Ordering::Relaxed);
+    context.shadows.store(shadows, Ordering::Relaxed);
+    context.free.store(0, Ordering::Relaxed);
+    for counter in [
+        &context.used,
+        &context.in_flight,
+        &context.concerned,
+        &context.waiters,
+        &context.peeked_at,
+        &context.lock,
+        &context.head,
+    ] {
+        counter.store(0, Ordering::Relaxed);
+    }
+    context.stale.store(0, Ordering::Relaxed);
+    let ring = context.ring();
+    ring.id.store(place as u32, Ordering::Relaxed);
+    ring.nr.store(nr, Ordering::Relaxed);
+    ring.magic.store(AIO_RING_MAGIC, Ordering::Relaxed);
+    ring.compat_features.store(AIO_RING_COMPAT_FEATURES, Ordering::Relaxed);
+    ring.incompat_features.store(AIO_RING_INCOMPAT_FEATURES, Ordering::Relaxed);
+    ring.header_length.store(size_of::<Ring>() as u32, Ordering::Relaxed);
+    context.state.store(LIVE, Ordering::Release);
+    Some(mapping)
+}
+
+/// A free place, claimed: dying, so that nobody else can hold it.
+fn claim() -> Option<(usize, &'static Context)> {
+    let (place, context) = TABLE.iter().enumerate().find(|(_, context)| {
+        let state = &context.state;
+        state.compare_exchange(FREE, DYING, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    })?;
+    USED.fetch_max(place + 1, Ordering::AcqRel);
+    Some((place, context))
+}
+
+impl Context {
+    const NEW: Context = Context {
+        state: AtomicU64::new(FREE),
+        kernel: AtomicUsize::new(0),
+        mapping: AtomicUsize::new(0),
+        bytes: AtomicUsize::new(0),
+        shadows: AtomicU32::new(0),
+        used: AtomicU32::new(0),
+        free: AtomicU64::new(0),
+        in_flight: AtomicU32::new(0),
+        concerned: AtomicU32::new(0),
+        waiters: AtomicU32::new(0),
+        peeked_at: AtomicU32::new(0),
+        lock: AtomicU32::new(0),
+        head: AtomicU32::new(0),
+        stale: AtomicI64::new(0),
+    };
+
+    /// H.
+    pub(super) fn kernel(&self) -> usize {
+        self.kernel.load(Ordering::Relaxed)
+    }
+
+    /// The kernel's ring, as the peekers know it: its head and tail are hints.
+    pub(super) fn kernel_ring(&self) -> &Ring {
+        // SAFETY: H, and the mapping of its ring, stay while anybody holds the context.
+        unsafe { &*(self.kernel() as *const Ring) }
+    }
+
+    /// Whether the kernel has events for us: a hint.
+    pub(super) fn has_events(&self) -> bool {
+        let ring = self.kernel_ring();
+        ring.head.load(Ordering::Relaxed) != ring.tail.load(Ordering::Acquire)
+    }
+
+    /// Whether the program has taken it down.
+    pub(super) fn is_dying(&self) -> bool {
+        self.state.load(Ordering::Acquire) & STATE == DYING
+    }
+
+    /// Takes it from the program: nobody else gets hold of it. False if somebody else has.
+    pub(super) fn condemn(&self) -> bool {
+        let dying = |now: u64| (now & STATE == LIVE).then_some(now & !STATE | DYING);
+        self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, dying).is_ok()
+    }
+
+    /// How many hold it.
+    pub(super) fn holders(&self) -> u32 {
+        self.state.load(Ordering::Acquire) as u32
+    }
+
+    /// By its last holder.
+    fn take_down(&self) {
+        let (mapping, bytes) =
+            (self.mapping.swap(0, Ordering::Relaxed), self.bytes.load(Ordering::Relaxed));
+        // SAFETY: the kernel's context is ours, and its I/Os are waited for here; then nobody uses
+        // the mapping, because nobody holds the context.
+        unsafe {
+            syscall!(libc::SYS_io_destroy, self.kernel());
+            syscall!(libc::SYS_munmap, mapping, bytes);
+        }
+        self.state.store(FREE, Ordering::Release);
+    }
+
+    // The visible ring.
+
+    fn ring(&self) -> &Ring {
+        // SAFETY: the mapping begins with the ring, which is made of atomics, and stays while
+        // anybody holds the context. The program may write there what it likes.
+        unsafe { &*(self.mapping.load(Ordering::Relaxed) as *const Ring) }
+    }
+
+    /// Room of the visible ring. Not as the program may have overwritten it (AIO-F).
+    fn nr(&self) -> u32 {
+        self.shadows() + SLACK
+    }
+
+    fn events(&self) -> *mut Event {
+        let ring = ptr::from_ref(self.ring()).cast_mut();
+        // SAFETY: the events follow the head, inside of the mapping.
+        unsafe { ring.add(1).cast() }
+    }
+
+    /// Events that the program has not taken from the visible ring.
+    pub(super) fn visible(&self) -> u32 {
+        let (ring, nr) = (self.ring(), self.nr());
+        let tail = ring.tail.load(Ordering::Acquire) % nr;
+        (tail + nr - ring.head.load(Ordering::Acquire) % nr) % nr
+    }
+
+    /// Whether the program has moved the visible ring's head itself: it reads the ring.
+    pub(super) fn head_was_moved(&self) -> bool {
+        let moved =
+            || self.ring().head.load(Ordering::Relaxed) != self.head.load(Ordering::Relaxed);
+        moved() && self.locked(moved)
+    }
+
+    /// Puts events into the visible ring. They fit, unless the program has written nonsense to its
+    /// head: then those that do not are dropped, as the program dropped the room for them.
+    pub(super) fn publish(&self, events: &[Event]) {
+        self.locked(|| {
+            let (ring, nr) = (self.ring(), self.nr());
+            let mut tail = ring.tail.load(Ordering::Relaxed) % nr;
+            let room = nr - 1 - self.visible().min(nr - 1);
+            for event in events.iter().take(room as usize) {
+                // SAFETY: `tail` is below `nr`, so this lies in the mapping; the program does not
+                // read it before it sees the new tail.
+                unsafe { self.events().add(tail as usize).write_volatile(*event) };
+                tail = (tail + 1) % nr;
+            }
+            // AIO-C: the events before the tail that says that they are there.
+            ring.tail.store(tail, Ordering::Release);
+        });
+    }
+
+    /// Takes events from the visible ring; returns how many.
+    pub(super) fn take_visible(&self, into: &mut [Event]) -> usize {
+        if self.visible() == 0 || into.is_empty() {
+            return 0;
+        }
+        self.locked(|| {
+            let (ring, nr) = (self.ring(), self.nr());
+            let mut head = ring.head.load(Ordering::Acquire) % nr;
+            let count = (self.visible() as usize).min(into.len());
+            for event in &mut into[..count] {
+                // SAFETY: as in `publish`. Plain numbers, for which any bytes are valid.
+                *event = unsafe { self.events().add(head as usize).read_volatile() };
+                head = (head + 1) % nr;
+            }
+            self.head.store(head, Ordering::Relaxed);
+            ring.head.store(head, Ordering::Release);
+            count
+        })
+    }
+
+    fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
+        signals::undisturbed(|| {
+            while self.lock.swap(1, Ordering::Acquire) != 0 {
+                // SAFETY: a system call without memory.
+                unsafe { syscall!(libc::SYS_sched_yield) };
+            }
+            let result = f();
+            self.lock.store(0, Ordering::Release);
+            result
+        })
+    }
+
+    // The shadows.
+
+    fn shadows(&self) -> u32 {
+        self.shadows.load(Ordering::Relaxed)
+    }
+
+    /// Whether the kernel's own context would have no room: what the program has not taken from its
+    /// ring counts.
+    pub(super) fn full(&self) -> bool {
+        self.in_flight.load(Ordering::Relaxed) + self.visible() >= self.shadows() - 1
+    }
+
+    fn shadow_at(&self, index: u32) -> *mut Shadow {
+        let mapping = self.mapping.load(Ordering::Relaxed);
+        let ring_bytes = size_of::<Ring>() + self.nr() as usize * size_of::<Event>();
+        let first = (mapping + ring_bytes.next_multiple_of(PAGE)) as *mut Shadow;
+        // SAFETY: below `shadows`, which all callers see to: inside of the mapping.
+        unsafe { first.add(index as usize) }
+    }
+
+    /// The shadow that an event of the kernel's is about. `None`: it is about nothing.
+    pub(super) fn shadow(&self, data: u64) -> Option<&Shadow> {
+        let index = u32::try_from(data).ok().filter(|index| *index < self.shadows())?;
+        // SAFETY: in the mapping, and written when it was taken, by whoever had the kernel say this
+        // number.
+        Some(unsafe { &*self.shadow_at(index) })
+    }
+
+    /// Shadows that may be in use.
+    pub(super) fn used_shadows(&self) -> impl Iterator<Item = &Shadow> {
+        (0..self.used.load(Ordering::Acquire).min(self.shadows()))
+            .filter_map(|index| self.shadow(u64::from(index)))
+    }
+
+    /// Takes a free shadow; `None` if there is none. Memory that was never used is zeros, which is a
+    /// shadow that is free.
+    pub(super) fn take_shadow(&self) -> Option<u32> {
+        let mut seen = self.free.load(Ordering::Acquire);
+        while let Some(index) = (seen as u32).checked_sub(1) {
+            let next = self.shadow(u64::from(index))?.next.load(Ordering::Relaxed);
+            let new = ((seen >> 32) + 1) << 32 | u64::from(next);
+            match self.free.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(index),
+                Err(now) => seen = now,
+            }
+        }
+        let fresh = |used| Some(used + 1).filter(|used| *used <= self.shadows());
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fresh).ok()
+    }
+
+    /// Gives it back.
+    pub(super) fn give_shadow(&self, index: u32) {
+        let Some(shadow) = self.shadow(u64::from(index)) else { return };
+        let mut seen = self.free.load(Ordering::Acquire);
+        loop {
+            shadow.next.store(seen as u32, Ordering::Relaxed);
+            let new = ((seen >> 32) + 1) << 32 | u64::from(index + 1);
+            match self.free.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Fills a shadow that the caller has taken. Returns its iocb, which the kernel may be given.
+    pub(super) fn fill(&self, index: u32, iocb: Iocb, what: What) -> *mut Iocb {
+        // Taken from the list, so it is there.
+        let Some(shadow) = self.shadow(u64::from(index)) else { return ptr::null_mut() };
+        // SAFETY: taken by the caller, so that nobody else touches the two before `state` says that
+        // there is something, nor the kernel before it is given the iocb.
+        unsafe {
+            shadow.iocb.get().write(iocb);
+            shadow.what.get().write(what);
+        }
+        shadow.state.store(Shadow::IN_FLIGHT, Ordering::Release);
+        shadow.iocb.get()
+    }
+}
