@@ -4,6 +4,7 @@
 #   racer          changes its buffers in flight and logs it (racer.c says more)
 #   racer-static   the same without libraries: nothing can be preloaded into it
 #   corners        odd uses of direct I/O, and what came of each
+#   reader         reads into a buffer that changes
 #
 #   tests/programs/build.sh [OUT]
 #
@@ -54,4 +55,5 @@ compile() {
 out=$(cd "$out" && pwd)
 compile racer "${COMMON[@]}" libs.c -laio -luring
 compile corners -std=gnu11 corners.c
+compile reader reader.c
 compile racer-static -DNO_LIBS -static "${COMMON[@]}"

@@ -236,3 +236,29 @@ fn depth_is_as_without() -> io::Result<()> {
     }
     Ok(())
 }
+
+/// btrfs verifies direct reads in the program's memory: whoever changes that sees errors of data
+/// that is whole. From private memory nobody does.
+#[test]
+fn reads_that_are_verified_below_do_not_fail() -> io::Result<()> {
+    let Some(racer) = Racer::build()? else { return Ok(()) };
+    let Some(fs) = Mounted::on_loop("btrfs", DEVICE_BYTES)? else { return Ok(()) };
+    let (scratch, file) = (Scratch::new()?, fs.path().join("file"));
+    std::fs::write(&file, vec![0x5a; 64 << 20])?;
+    std::fs::File::open(&file)?.sync_all()?;
+    let failed = |policy: &str| -> io::Result<u64> {
+        let mut command = stableio(&scratch)?;
+        command.args(["run", "--policy", policy, "--"]).arg(racer.reader());
+        // Of 1 MiB: while they are summed there is time to change them.
+        command.arg(&file).args(["1000", "1048576"]);
+        let ended = Child::spawn(command, &scratch)?.wait()?;
+        let json: Value = serde_json::from_str(&ended.stdout)?;
+        assert_eq!(json["short"], 0, "{policy}: {ended:?}");
+        json["failed"].as_u64().ok_or_else(|| io::Error::other(format!("{ended:?}")))
+    };
+    for policy in ["auto", "bounce", "uncached"] {
+        assert_eq!(failed(policy)?, 0, "{policy}");
+    }
+    assert!(failed("off")? > 0 || kernel_bounces()?);
+    Ok(())
+}

@@ -156,6 +156,11 @@ impl Racer {
         self.programs.join("corners")
     }
 
+    /// Another neighbour: reads into a buffer that changes (`tests/programs/reader.c`).
+    pub fn reader(&self) -> PathBuf {
+        self.programs.join("reader")
+    }
+
     /// Runs it to its end, as it is.
     pub fn run<I, S>(&self, args: I) -> io::Result<Summary>
     where

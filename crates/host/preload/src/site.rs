@@ -13,6 +13,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use stableio_session::{Engine, FRAMES, SITES, Sites};
 
+use crate::gate::syscall;
 use crate::session;
 
 /// The call into this library.
@@ -177,9 +178,16 @@ fn module_of(address: usize, sites: &Sites) -> (u32, usize) {
     if !found || info.dli_fname.is_null() {
         return (0, 0);
     }
-    // SAFETY: dladdr gives a C string that lives as long as the module.
-    let path = unsafe { CStr::from_ptr(info.dli_fname) }.to_bytes();
     let base = info.dli_fbase as usize;
+    let mut exe = [0; 512];
+    // SAFETY: dladdr gives a C string that lives as long as the module.
+    let mut path = unsafe { CStr::from_ptr(info.dli_fname) }.to_bytes();
+    // Of the program itself it is what the program was called by, which need not be a path.
+    if is_program(base)
+        && let Some(real) = program_path(&mut exe)
+    {
+        path = real;
+    }
     let key = path.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
     }) | 1;
@@ -192,4 +200,22 @@ fn module_of(address: usize, sites: &Sites) -> (u32, usize) {
         return (index as u32 + 1, base);
     }
     (0, 0)
+}
+
+/// Whether the program itself, and no library, is loaded there.
+fn is_program(base: usize) -> bool {
+    // SAFETY: a lookup of our own; dladdr fills plain data.
+    unsafe {
+        let mut info: libc::Dl_info = core::mem::zeroed();
+        let entry = libc::getauxval(libc::AT_ENTRY) as *const c_void;
+        libc::dladdr(entry, &raw mut info) != 0 && info.dli_fbase as usize == base
+    }
+}
+
+/// Where the program lies.
+fn program_path(into: &mut [u8; 512]) -> Option<&[u8]> {
+    let (exe, room) = (c"/proc/self/exe", into.len());
+    // SAFETY: a C string, and room for so many bytes.
+    let len = unsafe { syscall!(libc::SYS_readlink, exe.as_ptr(), into.as_mut_ptr(), room) };
+    into.get(..usize::try_from(len).ok()?)
 }
