@@ -143,6 +143,17 @@ impl Pieces for Avx512 {
         }
     }
 
+    unsafe fn differ(src: *const u8, copy: *const u8, len: usize) -> bool {
+        let head = to_word_boundary(src, len);
+        // SAFETY: as in `load`.
+        unsafe {
+            let body = head + (len - head) / STEP * STEP;
+            differ_vectors(src.add(head), copy.add(head), body - head)
+                | Portable::differ(src, copy, head)
+                | Portable::differ(src.add(body), copy.add(body), len - body)
+        }
+    }
+
     unsafe fn stable(block: &[u8], parity: Parity) -> u64 {
         let mut guard = 0;
         // SAFETY: one block, one guard; the caller's promise about parity.
@@ -339,6 +350,26 @@ unsafe fn load_vectors(src: *const u8, dst: *mut u8, len: usize) -> usize {
         unsafe { step::<true, true, NONE>(src.add(at), dst.add(at), std::ptr::null_mut()) };
     }
     body
+}
+
+/// Whether foreign bytes, each loaded once, differ from a copy; `len` is a number of steps.
+///
+/// # Safety
+///
+/// That of [`Pieces::differ`]; `src` is at a word boundary.
+#[target_feature(enable = "avx512f")]
+unsafe fn differ_vectors(src: *const u8, copy: *const u8, len: usize) -> bool {
+    let mut difference = _mm512_setzero_si512();
+    for at in (0..len).step_by(STEP) {
+        // SAFETY: at + STEP <= len.
+        let data = unsafe { load_step_once(src.add(at)) };
+        for (lane, data) in data.into_iter().enumerate() {
+            // SAFETY: `copy` has STEP bytes there.
+            let copy = unsafe { load(copy.add(at + lane * VECTOR)) };
+            difference = _mm512_or_si512(difference, _mm512_xor_si512(data, copy));
+        }
+    }
+    _mm512_test_epi64_mask(difference, difference) != 0
 }
 
 /// Copies as many bytes as make whole vectors to foreign memory; returns how many.

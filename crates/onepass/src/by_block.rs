@@ -37,6 +37,14 @@ pub(crate) trait Pieces {
     /// `dst` is foreign and guarded by the caller.
     unsafe fn zero(dst: *mut u8, len: usize);
 
+    /// Whether any of the `len` foreign bytes at `src`, each loaded once, differs from its
+    /// counterpart at `copy`.
+    ///
+    /// # Safety
+    ///
+    /// `copy` is valid for reads of `len` bytes; `src` is foreign and guarded by the caller.
+    unsafe fn differ(src: *const u8, copy: *const u8, len: usize) -> bool;
+
     /// The guard of one stable block, which is also taken up in parity.
     ///
     /// # Safety
@@ -152,6 +160,24 @@ pub(crate) unsafe fn copy_out<P: Pieces>(
 pub(crate) unsafe fn zero_out<P: Pieces>(dst: *mut u8, len: usize) -> Result<(), Fault> {
     // SAFETY: `dst` is the guarded range, and `zero` is made to be abandoned.
     unsafe { guarded(dst, len, move || P::zero(dst, len)) }
+}
+
+/// [`crate::differ`].
+///
+/// # Safety
+///
+/// That of [`crate::differ`].
+pub(crate) unsafe fn differ<P: Pieces>(
+    src: *const u8,
+    copy: *const u8,
+    len: usize,
+) -> Result<bool, Fault> {
+    let mut found = false;
+    let answer = &raw mut found;
+    // SAFETY: `copy` is valid by the caller's promise, `src` is the guarded range, and `differ` is
+    // made to be abandoned; the answer is our local.
+    unsafe { guarded(src, len, move || *answer = P::differ(src, copy, len))? };
+    Ok(found)
 }
 
 /// The bytes from foreign `start` to its next word boundary, but at most `len`.

@@ -215,6 +215,26 @@ pub unsafe fn zero_out(dst: *mut u8, len: usize) -> Result<(), Fault> {
     unsafe { (Kernels::chosen().zero_out)(dst, len) }
 }
 
+/// Whether any of `len` bytes of foreign memory, each loaded once, differs from its counterpart in
+/// `copy`.
+///
+/// The answer is about the bytes as they were loaded, and says nothing about those that are there
+/// afterwards.
+///
+/// # Errors
+///
+/// [`Fault`] if `src` was not accessible.
+///
+/// # Safety
+///
+/// - `src` is the start of `len` bytes of address space in which nothing but foreign memory lies.
+/// - `copy` is valid for reads of `len` initialised bytes that nobody changes during the call.
+/// - This thread does not block SIGBUS and SIGSEGV.
+pub unsafe fn differ(src: *const u8, copy: *const u8, len: usize) -> Result<bool, Fault> {
+    // SAFETY: the caller's promises are those of the kernel.
+    unsafe { (Kernels::chosen().differ)(src, copy, len) }
+}
+
 /// XORs stable bytes into `dst`.
 ///
 /// # Panics

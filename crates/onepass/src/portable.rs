@@ -50,6 +50,23 @@ impl Pieces for Portable {
         }
     }
 
+    unsafe fn differ(src: *const u8, copy: *const u8, len: usize) -> bool {
+        let head = to_word_boundary(src, len);
+        let tail = len - (len - head) % WORD;
+        let mut difference = 0;
+        // SAFETY: as in `load`; every index is below `len`.
+        unsafe {
+            let byte = |i| u64::from(src.add(i).read_volatile() ^ copy.add(i).read());
+            (0..head).for_each(|i| difference |= byte(i));
+            for at in (head..tail).step_by(WORD) {
+                let word = src.add(at).cast::<u64>().read_volatile();
+                difference |= word ^ copy.add(at).cast::<u64>().read_unaligned();
+            }
+            (tail..len).for_each(|i| difference |= byte(i));
+        }
+        difference != 0
+    }
+
     unsafe fn stable(block: &[u8], parity: Parity) -> u64 {
         match parity {
             Parity::None => {}

@@ -49,6 +49,7 @@ pub struct Kernels {
     pub copy_in: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub copy_out: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub zero_out: unsafe fn(*mut u8, usize) -> Result<(), Fault>,
+    pub differ: unsafe fn(*const u8, *const u8, usize) -> Result<bool, Fault>,
     /// XORs as many bytes as the shorter of the two slices has.
     pub xor_into: fn(&mut [u8], &[u8]),
 }
@@ -81,6 +82,7 @@ static PORTABLE: Kernels = Kernels {
     copy_in: by_block::copy_in::<Portable>,
     copy_out: by_block::copy_out::<Portable>,
     zero_out: by_block::zero_out::<Portable>,
+    differ: by_block::differ::<Portable>,
     xor_into: portable::xor_into,
 };
 
@@ -92,5 +94,6 @@ static AVX512: Kernels = Kernels {
     copy_in: by_block::copy_in::<Avx512>,
     copy_out: by_block::copy_out::<Avx512>,
     zero_out: by_block::zero_out::<Avx512>,
+    differ: by_block::differ::<Avx512>,
     xor_into: avx512::xor_into,
 };

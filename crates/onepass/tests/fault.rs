@@ -111,6 +111,7 @@ fn every_kernel_reports_the_gap_and_lives() {
                 assert_eq!((kernels.copy_in)(src, ours, len), mapping.gap());
                 assert_eq!((kernels.copy_out)(ours, src, len), mapping.gap());
                 assert_eq!((kernels.zero_out)(src, len), mapping.gap());
+                assert_eq!((kernels.differ)(src, ours, len).map(drop), mapping.gap());
                 // The half that is left can be used as ever.
                 let left = mapping.len / 2 - offset;
                 assert_eq!((kernels.copy_in)(src, ours, left), Ok(()));

@@ -170,6 +170,21 @@ proptest! {
             unsafe { (kernels.zero_out)(dst.content().as_mut_ptr(), len) }.expect("memory is there");
             dst.check(&vec![0; len]);
 
+            let mut dst = Destination::with(dst_offset, &data);
+            // SAFETY: both have `len` bytes, and nobody else has them.
+            let mut differ = |at: Option<usize>| unsafe {
+                let changed = dst.content();
+                at.inspect(|at| changed[*at] ^= 1);
+                let answer =
+                    (kernels.differ)(src.content().as_ptr(), changed.as_ptr(), changed.len());
+                at.inspect(|at| changed[*at] ^= 1);
+                answer.expect("memory is there")
+            };
+            assert!(!differ(None));
+            for at in 0..len {
+                assert!(differ(Some(at)), "a change at {at} of {len}");
+            }
+
             let mut dst = Destination::with(dst_offset, &noise(!seed, len));
             (kernels.xor_into)(dst.content(), src.content());
             dst.check(&Mode::Xor.expected(&noise(!seed, len), &data));

@@ -8,7 +8,7 @@
 //! |---|---|---|---|
 //! | write, bounced | copies the data once | the copy | |
 //! | read, bounced | | private memory | copies out |
-//! | write, watched | copies the data, and sums it | the program's memory | sums again, compares |
+//! | write, watched | copies the data | the program's memory | compares |
 //! | read, watched | | the program's memory | |
 //!
 //! - **IO-A** Each byte of a bounced write is loaded once; what the kernel does with the copy, and
@@ -105,10 +105,8 @@ pub(crate) struct Body {
     private: [iovec; INLINE_SEGS],
     /// Longer vectors: the program's, then the private one.
     vectors: Option<Slot>,
-    /// The copy; behind it the guards of its blocks, if it is watched.
+    /// The copy.
     data: Option<Slot>,
-    /// Where they begin.
-    guards: usize,
 }
 
 const NO_SEG: iovec = iovec { iov_base: core::ptr::null_mut(), iov_len: 0 };
@@ -297,7 +295,6 @@ impl Body {
             private: [NO_SEG; INLINE_SEGS],
             vectors: None,
             data: None,
-            guards: 0,
         }
     }
 
@@ -314,22 +311,16 @@ impl Body {
             return Ok(());
         }
         let too_long = -(libc::EINVAL as isize);
-        let room = self.lay_out(0).ok_or(too_long)?.next_multiple_of(8);
-        let guards = if self.bounced { 0 } else { self.blocks() * size_of::<u64>() };
-        if room + guards > crate::pool::LARGEST {
-            return Err(too_long);
-        }
-        let Some(data) = Slot::take(room + guards) else {
+        let room = self.lay_out(0).filter(|room| *room <= crate::pool::LARGEST).ok_or(too_long)?;
+        let Some(data) = Slot::take(room) else {
             say_full();
             return Err(again);
         };
         self.data = Some(data);
-        self.guards = data.start() as usize + room;
         self.lay_out(data.start() as usize);
         match self.dir {
             Dir::Read => Ok(()),
-            Dir::Write if self.bounced => self.copy_in(),
-            Dir::Write => watch::sample(self),
+            Dir::Write => self.copy_in(),
         }
     }
 
@@ -377,11 +368,6 @@ impl Body {
         true
     }
 
-    /// Whole blocks in its segments: what has a guard.
-    pub(crate) fn blocks(&self) -> usize {
-        self.user().iter().map(|seg| seg.iov_len / onepass::BLOCK).sum()
-    }
-
     /// The program's vector.
     pub(crate) fn user(&self) -> &'static [iovec] {
         let at = match self.vectors {
@@ -421,13 +407,6 @@ impl Body {
         };
         // SAFETY: as in `user_mut`.
         unsafe { core::slice::from_raw_parts_mut(at, self.count) }
-    }
-
-    /// Room for the guards of its blocks.
-    pub(crate) fn guards(&mut self) -> &mut [u64] {
-        // SAFETY: `fill` took the slot with room for so many there, aligned to 8. It is the
-        // holder's, and was zero or a guard before: memory of the pool is never uninitialised.
-        unsafe { core::slice::from_raw_parts_mut(self.guards as *mut u64, self.blocks()) }
     }
 
     /// After the kernel, and the look at the memory: copies out what was read, counts, gives the

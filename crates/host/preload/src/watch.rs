@@ -1,8 +1,8 @@
 //! Finding buffers that change while they are in flight (`detect`).
 //!
-//! At submission the data is copied and summed in one pass, block by block; at completion the
-//! program's memory is summed again. Only blocks whose sums differ are compared, byte by byte,
-//! with the copy. What changed and changed back in between is not seen.
+//! At submission the data is copied; at completion the program's memory is compared with the copy,
+//! fast, and byte by byte where the two differ. What changed and changed back in between is not
+//! seen.
 
 use core::sync::atomic::Ordering;
 
@@ -14,33 +14,11 @@ use crate::process;
 use crate::session;
 use crate::site::Site;
 
-/// Takes the copy and the sums of a write that begins.
-pub(crate) fn sample(body: &mut Body) -> Result<(), isize> {
-    let (user, private) = (body.user(), body.private());
-    let mut guards = body.guards();
-    for (from, to) in user.iter().zip(private) {
-        let blocks = from.iov_len / onepass::BLOCK;
-        let (ours, rest) = guards.split_at_mut(blocks);
-        let whole = blocks * onepass::BLOCK;
-        let (from_at, to_at) = (from.iov_base.cast::<u8>(), to.iov_base.cast::<u8>());
-        // SAFETY: the program's memory is foreign, and may be inaccessible; the copy is ours, of
-        // this length. The signals are not blocked.
-        let copied = unsafe {
-            onepass::stabilize_blocks(from_at, to_at, ours, onepass::Parity::None).and_then(|()| {
-                onepass::copy_in(from_at.add(whole), to_at.add(whole), from.iov_len - whole)
-            })
-        };
-        copied.map_err(|_| -(libc::EFAULT as isize))?;
-        guards = rest;
-    }
-    Ok(())
-}
-
 /// Takes note of an I/O that goes to the kernel, and of others on the same memory.
 pub(crate) fn begin(io: Io, request: &Request) {
     let body = io.body();
     body.site = Site::of(request.caller, request.engine);
-    body.submitted_ns = now_ns();
+    body.submitted_ns = now_ns(libc::CLOCK_MONOTONIC);
     body.submitter = process::thread_id();
     let record = io.record();
     for (i, shared) in record.shared_segs.iter().enumerate() {
@@ -58,7 +36,7 @@ pub(crate) fn begin(io: Io, request: &Request) {
             session.totals.reused.fetch_add(1, Ordering::Relaxed);
             session.sites.sites[body.site.0 as usize].reused.fetch_add(1, Ordering::Relaxed);
         }
-        report(body, Kind::Reused, now_ns(), 0, &[]);
+        report(body, Kind::Reused, body.submitted_ns, 0, &[]);
     }
 }
 
@@ -96,7 +74,8 @@ pub(crate) fn end(io: Io, result: isize) {
     }
     let Some(session) = session::get() else { return };
     let site = &session.sites.sites[body.site.0 as usize];
-    let done_ns = now_ns();
+    // A step of the timeline is long: the clock of the last tick of the timer will do.
+    let done_ns = now_ns(libc::CLOCK_MONOTONIC_COARSE);
     let tick = (done_ns.saturating_sub(session.started_ns.load(Ordering::Relaxed)) / TICK_NS)
         .min(TICKS as u64 - 1) as usize;
     session.totals.watched.fetch_add(1, Ordering::Relaxed);
@@ -117,8 +96,12 @@ pub(crate) fn end(io: Io, result: isize) {
         file.changed.fetch_add(1, Ordering::Relaxed);
     }
     let ranges = &changes.ranges[..changes.count.min(RANGES)];
+    let done_ns = now_ns(libc::CLOCK_MONOTONIC);
     report(body, Kind::Changed, done_ns, changes.bytes, ranges);
 }
+
+/// Bytes that are compared at a time before it is asked which of them differ.
+const PIECE: usize = 16 << 10;
 
 /// The bytes of a write that changed; positions count from its start.
 struct Changes {
@@ -146,26 +129,21 @@ impl Changes {
     }
 }
 
-fn compare(body: &mut Body, changes: &mut Changes) {
-    let (user, private) = (body.user(), body.private());
-    let mut guards = &*body.guards();
+fn compare(body: &Body, changes: &mut Changes) {
     let mut begin = 0;
-    for (now, then) in user.iter().zip(private) {
-        let blocks = now.iov_len / onepass::BLOCK;
-        let (ours, rest) = guards.split_at(blocks);
-        for (i, guard) in ours.iter().enumerate() {
-            let at = i * onepass::BLOCK;
-            let mut sum = [0];
+    for (now, then) in body.user().iter().zip(body.private()) {
+        for at in (0..now.iov_len).step_by(PIECE) {
+            let len = PIECE.min(now.iov_len - at);
             let now_at = now.iov_base.cast::<u8>().wrapping_add(at);
-            // SAFETY: the program's memory is foreign, and may be inaccessible by now.
-            let seen = unsafe { onepass::sample_blocks(now_at, &mut sum, onepass::Parity::None) };
-            if seen.is_ok() && sum[0] != *guard {
-                compare_bytes(now, then, at..at + onepass::BLOCK, begin, changes);
+            let then_at = then.iov_base.cast::<u8>().wrapping_add(at);
+            // SAFETY: the program's memory is foreign, and may be inaccessible by now; the copy is
+            // ours until the I/O has ended. The signals are not blocked.
+            let differ = unsafe { onepass::differ(now_at, then_at, len) };
+            if differ == Ok(true) {
+                compare_bytes(now, then, at..at + len, begin, changes);
             }
         }
-        compare_bytes(now, then, blocks * onepass::BLOCK..now.iov_len, begin, changes);
         begin += now.iov_len;
-        guards = rest;
     }
 }
 
@@ -223,10 +201,10 @@ fn report(body: &Body, kind: Kind, done_ns: u64, changed: u64, ranges: &[(u32, u
     finding.kind.store(kind as u32, Ordering::Release);
 }
 
-/// `CLOCK_MONOTONIC` in nanoseconds.
-fn now_ns() -> u64 {
+/// The time by a clock, in nanoseconds.
+fn now_ns(clock: libc::clockid_t) -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes the time there; answered without a system call.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    unsafe { libc::clock_gettime(clock, &raw mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
