@@ -5,6 +5,7 @@
 #   racer-static   the same without libraries: nothing can be preloaded into it
 #   corners        odd uses of direct I/O, and what came of each
 #   reader         reads into a buffer that changes
+#   reuser         reads into a buffer that is being written
 #
 #   tests/programs/build.sh [OUT]
 #
@@ -56,4 +57,5 @@ out=$(cd "$out" && pwd)
 compile racer "${COMMON[@]}" libs.c -laio -luring
 compile corners -std=gnu11 corners.c
 compile reader reader.c
+compile reuser reuser.c -laio
 compile racer-static -DNO_LIBS -static "${COMMON[@]}"

@@ -26,6 +26,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#ifndef RWF_ATOMIC
+#define RWF_ATOMIC 0x40 /* linux/fs.h, since 6.11 */
+#endif
+
 enum { BLOCK = 4096 };
 
 static const char *path;
@@ -129,6 +133,8 @@ static void ways(void)
     say("read at the end", pread(fd, buf, BLOCK, 1L << 40));
     say("long", pwrite(fd, memory(20 << 20), 20 << 20, 0));
     say("zero", pwrite(fd, buf, 0, 0));
+    say("atomic", pwritev2(fd, two, 1, 0, RWF_ATOMIC));
+    say("atomic, odd length", pwritev2(fd, two, 1, 512, RWF_ATOMIC));
     close(fd);
 }
 

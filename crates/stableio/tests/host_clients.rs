@@ -4,10 +4,12 @@
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use stableio_testkit::racer::Racer;
 use stableio_testkit::{
-    Child, Ended, Mounted, Scratch, fio_under, require_tool, require_tools, stableio, stableio_bin,
+    Child, Ended, Mounted, Scratch, fio_under, require_tool, require_tools, run_tool, stableio,
+    stableio_bin,
 };
 
 const DEVICE_BYTES: u64 = 1 << 30;
@@ -284,4 +286,70 @@ fn corners_where_data_is_read_twice() -> io::Result<()> {
 #[test]
 fn corners_where_data_is_read_once() -> io::Result<()> {
     Mounted::on_loop("ext4", DEVICE_BYTES)?.map_or(Ok(()), |fs| corners_on(&fs))
+}
+
+/// Errors reach the writer, whatever way its data takes: here, that there is no room.
+#[test]
+fn a_full_file_system_is_told_to_the_writer() -> io::Result<()> {
+    let Some(dd) = require_tool("dd") else { return Ok(()) };
+    let Some(fs) = Mounted::on_loop("ext4", 16 << 20)? else { return Ok(()) };
+    let (scratch, file) = (Scratch::new()?, fs.path().join("file"));
+    for policy in ["off", "bounce", "uncached"] {
+        let mut command = stableio(&scratch)?;
+        command.args(["run", "--policy", policy, "--"]).arg(&dd);
+        command.args(["if=/dev/zero", "bs=1M", "oflag=direct"]);
+        command.arg(format!("of={}", file.display()));
+        let ended = Child::spawn(command, &scratch)?.wait()?;
+        assert_eq!(ended.status.code(), Some(1), "{policy}: {ended:?}");
+        assert!(ended.stderr.contains("No space left"), "{policy}: {ended:?}");
+        assert!(std::fs::metadata(&file)?.len() > 4 << 20, "{policy}");
+        std::fs::remove_file(&file)?;
+    }
+    Ok(())
+}
+
+/// What went through the page cache is not kept there; without the policy's care it would be.
+#[test]
+fn uncached_data_is_not_kept() -> io::Result<()> {
+    let (Some(dd), Some(fincore)) = (require_tool("dd"), require_tool("fincore")) else {
+        return Ok(());
+    };
+    for fs in ["ext4", "xfs"] {
+        let Some(fs) = Mounted::on_loop(fs, DEVICE_BYTES)? else { return Ok(()) };
+        let (scratch, file) = (Scratch::new()?, fs.path().join("file"));
+        let of = format!("of={}", file.display());
+        let cached = || -> io::Result<u64> {
+            let said = run_tool(&fincore, ["-b", "-n", "-o", "RES", utf8(&file)])?;
+            said.trim().parse().map_err(io::Error::other)
+        };
+        let args = ["if=/dev/zero", "bs=64K", "count=256", "oflag=direct", &of];
+        run(&scratch, "uncached", &dd, &args)?;
+        let began = Instant::now();
+        while cached()? > 0 {
+            // Pages are dropped as they become clean.
+            assert!(began.elapsed() < Duration::from_secs(30), "{} bytes are kept", cached()?);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        run_tool(&dd, &args[..3].iter().chain(&[of.as_str()]).collect::<Vec<_>>())?;
+        assert!(cached()? > 0, "the twin");
+    }
+    Ok(())
+}
+
+/// An atomic write can not be kept through the page cache: it is refused, and stays atomic under
+/// `bounce` where the file system knows it.
+#[test]
+fn atomic_writes_are_atomic_or_refused() -> io::Result<()> {
+    let Some(racer) = Racer::build()? else { return Ok(()) };
+    let Some(fs) = storage()? else { return Ok(()) };
+    let (scratch, file) = (Scratch::new()?, fs.path().join("file"));
+    let atomic = |policy: &str| -> io::Result<String> {
+        let ended = run(&scratch, policy, &racer.corners(), &[utf8(&file), "ways"])?;
+        let mut lines = ended.stdout.lines();
+        let line = lines.find(|line| line.starts_with("atomic: "));
+        line.map(str::to_owned).ok_or_else(|| io::Error::other(format!("{ended:?}")))
+    };
+    assert_eq!(atomic("bounce")?, atomic("off")?);
+    assert_eq!(atomic("uncached")?, "atomic: -1 EOPNOTSUPP");
+    Ok(())
 }

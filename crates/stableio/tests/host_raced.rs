@@ -262,3 +262,23 @@ fn reads_that_are_verified_below_do_not_fail() -> io::Result<()> {
     assert!(failed("off")? > 0 || kernel_bounces()?);
     Ok(())
 }
+
+/// A second I/O into a buffer that is in flight is a finding of its own; two writes from one are
+/// none.
+#[test]
+fn a_read_into_a_buffer_in_flight_is_found() -> io::Result<()> {
+    let Some(racer) = Racer::build()? else { return Ok(()) };
+    let Some(fs) = Mounted::on_loop("ext4", DEVICE_BYTES)? else { return Ok(()) };
+    let scratch = Scratch::new()?;
+    let (report, file) = (scratch.path("report.json"), fs.path().join("file"));
+    for (second, expected) in [("read", 200), ("write", 0), ("elsewhere", 0)] {
+        let mut command = stableio(&scratch)?;
+        command.args(["detect", "--error-exitcode", "9", "--report", utf8(&report), "--"]);
+        command.arg(racer.reuser()).arg(&file).args([second, "200"]);
+        let ended = Child::spawn(command, &scratch)?.wait()?;
+        let report = Report(serde_json::from_slice(&std::fs::read(&report)?)?);
+        assert_eq!(report.total("reused"), expected, "{second}: {}", report.0);
+        assert_eq!(ended.status.code(), Some(if expected > 0 { 9 } else { 0 }), "{ended:?}");
+    }
+    Ok(())
+}

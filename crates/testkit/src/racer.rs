@@ -161,6 +161,11 @@ impl Racer {
         self.programs.join("reader")
     }
 
+    /// Another: reads into a buffer that is being written (`tests/programs/reuser.c`).
+    pub fn reuser(&self) -> PathBuf {
+        self.programs.join("reuser")
+    }
+
     /// Runs it to its end, as it is.
     pub fn run<I, S>(&self, args: I) -> io::Result<Summary>
     where
