@@ -20,7 +20,7 @@ pub(crate) struct Files {
     pub(crate) session: &'static Session,
     policy: Policy,
     voice: &'static Voice,
-    /// Held while a slot is taken and filled (SESSION-1: one writer).
+    /// Held while a slot is taken and filled (SHARE-1: one writer).
     entering: Mutex<()>,
 }
 

@@ -1,6 +1,6 @@
 //! What a session did, read out of its shared memory.
 //!
-//! Programs under test could have scribbled over it (SESSION-2), so numbers are checked and texts
+//! Programs under test could have scribbled over it (SHARE-2), so numbers are checked and texts
 //! taken as they are.
 
 use std::collections::HashMap;

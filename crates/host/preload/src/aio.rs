@@ -40,6 +40,7 @@ use crate::net;
 use crate::session;
 use crate::signals;
 use crate::site::Caller;
+use crate::sync;
 use abi::SigSet;
 use reap::Want;
 
@@ -120,7 +121,7 @@ fn destroy(context: &context::Held) -> isize {
     if !context.condemn() {
         return -(libc::EINVAL as isize);
     }
-    while context.concerned.load(core::sync::atomic::Ordering::Acquire) > 0 {
+    while context.has_cares() {
         reap::discard(context);
     }
     // AIO-E: the last one of us takes it down.
@@ -128,9 +129,9 @@ fn destroy(context: &context::Held) -> isize {
         if context.holders() == 1 {
             break;
         }
-        agent::go_on(context);
+        agent::ring(context);
         reap::kick(context);
-        submit::nap();
+        sync::nap();
     }
     0
 }

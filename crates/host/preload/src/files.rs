@@ -4,9 +4,9 @@
 //! is filled when the descriptor is made, or else when it is first used, by asking the kernel for
 //! its flags and the launcher for the file.
 //!
-//! - **FILE-A** A word that says `plain` is written only over `unknown`, by compare-and-swap: who
+//! - **FD-1** A word that says `plain` is written only over `unknown`, by compare-and-swap: who
 //!   looked at a descriptor that was closed meanwhile can not cover a new direct one.
-//! - **FILE-B** Whatever gives a descriptor another meaning, or the direct flag, sets its word to
+//! - **FD-2** Whatever gives a descriptor another meaning, or the direct flag, sets its word to
 //!   unknown, or to what it now is, before the program knows of it.
 
 use core::mem::zeroed;
@@ -149,7 +149,7 @@ fn find_out(fd: i32) -> File {
     // An inherited descriptor can have come here without an opening that we saw.
     let file = settle(fd, file, flags as i32).unwrap_or(file);
     if let Some(word) = TABLE.get(fd as usize) {
-        // FILE-A. A direct one may be written over whatever is there: it errs on the safe side.
+        // FD-1. A direct one may be written over whatever is there: it errs on the safe side.
         match file {
             File::PLAIN => {
                 let _ = word.compare_exchange(0, file.0, Ordering::AcqRel, Ordering::Relaxed);

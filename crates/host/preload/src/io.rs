@@ -11,13 +11,13 @@
 //! | write, watched | copies the data | the program's memory | compares |
 //! | read, watched | | the program's memory | |
 //!
-//! - **IO-A** Each byte of a bounced write is loaded once; what the kernel does with the copy, and
+//! - **IO-1** Each byte of a bounced write is loaded once; what the kernel does with the copy, and
 //!   how often it reads it, the program can not influence.
-//! - **IO-B** Each segment's copy lies at the same offset within a page as the segment, and the
+//! - **IO-2** Each segment's copy lies at the same offset within a page as the segment, and the
 //!   segments stay as many: the kernel's answers about alignment and vectors are those that the
 //!   program would have got.
-//! - **IO-C** What `begin` took, `end` gives back; if `begin` fails, it has given all back.
-//! - **IO-D** A watched I/O is known by an [`Io`] from before the kernel hears of it until after
+//! - **IO-3** What `begin` took, `end` gives back; if `begin` fails, it has given all back.
+//! - **IO-4** A watched I/O is known by an [`Io`] from before the kernel hears of it until after
 //!   `end` looked at the memory: two I/Os on one buffer are always seen.
 
 use core::cell::UnsafeCell;
@@ -324,7 +324,7 @@ impl Body {
         }
     }
 
-    /// Sets the private vector so that the copy begins at `start`, aligned to a page (IO-B), and
+    /// Sets the private vector so that the copy begins at `start`, aligned to a page (IO-2), and
     /// returns how many bytes it takes; `None` if that is more than there can be.
     fn lay_out(&mut self, start: usize) -> Option<usize> {
         let mut at = start;

@@ -7,10 +7,10 @@
 //! call in our way if it concerns us; else it has it replayed at the gate, in the interrupted
 //! context itself, so that blocking, restarting and interrupting are as ever.
 //!
-//! - **NET-1** It holds per thread, and ends at fork and exec: `process.rs` arms each thread and
+//! - **SUD-1** It holds per thread, and ends at fork and exec: `process.rs` arms each thread and
 //!   child, each process arms itself when it loads this library.
-//! - **NET-2** SIGSYS is never blocked: the kernel would kill the thread (`signals.rs`).
-//! - **NET-3** The handler takes no lock, allocates nothing, and leaves `errno` alone.
+//! - **SUD-2** SIGSYS is never blocked: the kernel would kill the thread (`signals.rs`).
+//! - **SUD-3** The handler takes no lock, allocates nothing, and leaves `errno` alone.
 
 use core::arch::naked_asm;
 use core::cell::Cell;
@@ -219,7 +219,7 @@ fn replay_in_place(registers: &mut Registers) {
     }
 }
 
-/// A raw fork has its child armed (NET-1). A thread that is made so can not be: it would run on a
+/// A raw fork has its child armed (SUD-1). A thread that is made so can not be: it would run on a
 /// stack where this handler has no frame.
 fn clone(number: i64, args: &[usize; 6], registers: &mut Registers) -> Option<isize> {
     let flags = match number {

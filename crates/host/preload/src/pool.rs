@@ -4,9 +4,9 @@
 //! (`--pool`). It is cut into slots of powers of two, 4 KiB to 64 MiB, as they are asked for; a slot
 //! keeps its size. Each size has a stack of free slots.
 //!
-//! - **POOL-A** Taking and giving back is lock-free: hooks run in signal handlers, and a handler
+//! - **SLOT-1** Taking and giving back is lock-free: hooks run in signal handlers, and a handler
 //!   may interrupt a hook at any instruction.
-//! - **POOL-B** A child has none of its parent's memory: it is not copied by `fork` (which would
+//! - **SLOT-2** A child has none of its parent's memory: it is not copied by `fork` (which would
 //!   copy pages under I/O), and the child makes its own region ([`after_fork`]).
 
 use core::ptr;
@@ -149,7 +149,7 @@ pub(crate) fn reserve(bytes: u64) -> bool {
     true
 }
 
-/// Gives a forked child a region of its own (POOL-B). Only the calling thread is there.
+/// Gives a forked child a region of its own (SLOT-2). Only the calling thread is there.
 pub(crate) fn after_fork() {
     let pages = POOL.pages.load(Ordering::Relaxed);
     if pages == 0 {

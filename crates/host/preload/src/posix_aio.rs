@@ -40,9 +40,10 @@ use crate::sync;
 use crate::uncached;
 use table::{Found, Kind};
 
-/// `LIO_READ`, `LIO_WRITE` and `LIO_WAIT` of aio.h are the `libc` crate's; a list that is longer than
-/// this lies in private memory while it is handed over.
+/// A list that is longer than this lies in private memory while it is handed over.
 const ON_STACK: usize = 16;
+/// How often memory is waited for, 100 µs each.
+const PATIENCE: u32 = 20_000;
 
 pub(crate) use table::after_fork;
 
@@ -109,7 +110,7 @@ fn fill(shadow: Found, mut cb: aiocb, file: File, dir: Dir, caller: Caller) -> R
         offset: cb.aio_offset as u64,
         caller,
     };
-    match io::begin(&request) {
+    match begin_patiently(&request) {
         Ok(io) => {
             cb.aio_buf = io.iovs()[0].iov_base;
             shadow.fill(cb, Kind::Ours(io));
@@ -137,6 +138,24 @@ fn fill(shadow: Found, mut cb: aiocb, file: File, dir: Dir, caller: Caller) -> R
             }
             Err(-error as c_int)
         }
+    }
+}
+
+/// Begins an I/O. If memory is used up by others, ends those that are complete, of which the program
+/// may never ask, and waits for the rest.
+fn begin_patiently(request: &Request) -> Result<Io, isize> {
+    let mut waits = 0;
+    loop {
+        let result = io::begin(request);
+        let again = result == Err(-(libc::EAGAIN as isize));
+        if !again || waits == PATIENCE {
+            return result;
+        }
+        if waits > 0 {
+            sync::nap();
+        }
+        table::look_at_all();
+        waits += 1;
     }
 }
 
@@ -205,7 +224,7 @@ unsafe extern "C" fn on_list(
             )
         }
     };
-    if session::get().is_none() {
+    if session::get().is_none() || count < 0 {
         return next(list);
     }
     let result = with_list(list, count, |blocks| {
@@ -261,7 +280,7 @@ fn with_list(
     count: c_int,
     f: impl FnOnce(&mut [*mut aiocb]) -> c_int,
 ) -> Result<c_int, c_int> {
-    let count = usize::try_from(count).map_err(|_| libc::EINVAL)?;
+    let count = usize::try_from(count).unwrap_or(0);
     let bytes = count * size_of::<*mut aiocb>();
     let mut on_stack = [core::ptr::null_mut(); ON_STACK];
     let (slot, at) = if count <= ON_STACK {
@@ -378,7 +397,7 @@ unsafe fn suspend(list: *const *mut aiocb, count: c_int, time: *const timespec) 
             )
         }
     };
-    if !table::is_used() {
+    if !table::is_used() || count < 0 {
         return next(list);
     }
     let result = with_list(list, count, |blocks| {

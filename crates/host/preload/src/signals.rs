@@ -327,8 +327,11 @@ pub(crate) fn unblock() {
 }
 
 /// Runs `f` with all other signals blocked, so that no handler interrupts it.
+///
+/// But for the two of the C library's own (nptl, internal-signals.h): with them it cancels threads
+/// and sets their user, and waits for each of them, also for one that was made in here.
 pub(crate) fn undisturbed<T>(f: impl FnOnce() -> T) -> T {
-    let set = without_ours(u64::MAX);
+    let set = without_ours(u64::MAX) & !(bit(32) | bit(33));
     let mut before = 0u64;
     let bytes = size_of::<u64>();
     // SAFETY: reads and writes the sets there.

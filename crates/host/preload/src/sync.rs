@@ -229,7 +229,7 @@ fn position(fd: i32) -> u64 {
 }
 
 /// Lets others finish.
-fn nap() {
+pub(crate) fn nap() {
     let time = libc::timespec { tv_sec: 0, tv_nsec: 100_000 };
     // SAFETY: reads the time there.
     unsafe { syscall!(libc::SYS_nanosleep, &raw const time, 0) };

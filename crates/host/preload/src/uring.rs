@@ -111,6 +111,8 @@ static FOREIGN_COMPLETIONS: AtomicBool = AtomicBool::new(false);
 static ANY: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
+    /// Whether the thread is in a ring's critical section ([`inside`]).
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
     /// Number plus one of the ring that the thread registered at each index.
     static REGISTERED: [Cell<u32>; abi::RING_FDS] =
         const { [const { Cell::new(0) }; abi::RING_FDS] };
@@ -144,18 +146,27 @@ pub(crate) enum Next {
 pub(crate) unsafe fn take(number: i64, args: &[usize; 6], caller: Caller) -> Option<isize> {
     session::get()?;
     match number {
-        // SAFETY: the caller's promise, here and below.
+        // SAFETY: the caller's promise.
         libc::SYS_io_uring_setup => unsafe { setup(args) },
+        // SAFETY: the caller's promise.
         libc::SYS_io_uring_register => unsafe { register(args) },
-        libc::SYS_io_uring_enter => match unsafe { enter(args, caller, Way::Hook) } {
-            Next::Done(result) => Some(result),
-            Next::Kernel => None,
-            Next::Wait { args, result } => {
-                // SAFETY: the program's own call, in two: this is the part that waits.
-                unsafe { call(number, args) };
-                Some(result)
+        libc::SYS_io_uring_enter => {
+            // SAFETY: the caller's promise.
+            let next = unsafe { enter(args, caller, Way::Hook) };
+            match next {
+                Next::Done(result) => Some(result),
+                Next::Kernel => None,
+                Next::Wait { args, result } => {
+                    // SAFETY: the program's own call, in two: this is the part that waits.
+                    unsafe {
+                        if let Next::Kernel = enter(&args, caller, Way::Hook) {
+                            call(number, args);
+                        }
+                    }
+                    Some(result)
+                }
             }
-        },
+        }
         _ => None,
     }
 }
@@ -177,12 +188,12 @@ pub(crate) unsafe fn enter(args: &[usize; 6], caller: Caller, way: Way) -> Next 
         return if wanted > 0 && is_ring(fd, flags) { unknown_ring() } else { Next::Kernel };
     };
     if wanted == 0 {
-        if ring.back.is_ready() {
-            quietly(way, || ring.back.reap());
+        if ring.back.is_ready() && flags & abi::ENTER_GETEVENTS != 0 {
+            return pass_on(ring, args, way);
         }
         return Next::Kernel;
     }
-    let result = quietly(way, || {
+    let result = inside(|| {
         let _held = ring.lock.take();
         // SAFETY: under `lock`.
         let inner = unsafe { &mut *ring.inner.get() };
@@ -193,22 +204,60 @@ pub(crate) unsafe fn enter(args: &[usize; 6], caller: Caller, way: Way) -> Next 
         submitted
     });
     match result {
-        Some(result) if flags & abi::ENTER_GETEVENTS != 0 && result == wanted as isize => {
+        // A handler of the program submits while it interrupts a submission.
+        None => Next::Done(-(libc::EAGAIN as isize)),
+        Some(None) => Next::Kernel,
+        Some(Some(result)) if flags & abi::ENTER_GETEVENTS != 0 && result == wanted as isize => {
             let mut args = *args;
             args[1] = 0;
             Next::Wait { args, result }
         }
-        Some(result) => Next::Done(result),
-        None => Next::Kernel,
+        Some(Some(result)) => Next::Done(result),
     }
 }
 
-/// Runs `f` where no handler of the program can interrupt it.
-fn quietly<T>(way: Way, f: impl FnOnce() -> T) -> T {
-    match way {
-        Way::Hook => signals::undisturbed(f),
-        Way::Net => f(),
+/// Waiting, where completions come by the ring behind: passes on what is there; if nothing is, and
+/// nothing can come otherwise, waits for it here and not for the agent.
+fn pass_on(ring: &'static Ring, args: &[usize; 6], way: Way) -> Next {
+    let leads = inside(|| {
+        let reaped = ring.back.reap();
+        if args[2] == 0 {
+            // Who asks again and again needs no agent.
+            ring.back.replaces_agent();
+        }
+        if reaped > 0 || way == Way::Net || args[2] == 0 {
+            return false;
+        }
+        let simple = args[3] as u32 == abi::ENTER_GETEVENTS;
+        let Some(_held) = ring.lock.try_take().filter(|_| simple) else { return false };
+        // SAFETY: under `lock`.
+        let inner = unsafe { &mut *ring.inner.get() };
+        inner.look();
+        inner.waits_behind(ring.back.in_flight())
+    });
+    if leads == Some(true) {
+        // The size of a mask counts only where there is one.
+        let mask_len = if args[4] == 0 { 0 } else { args[5] as u32 };
+        if let Some(error @ ..0) = ring.back.lead(args[4] as u64, mask_len) {
+            return Next::Done(error);
+        }
+        inside(|| ring.back.reap());
     }
+    Next::Kernel
+}
+
+/// Runs `f`, which takes locks. `None`, and it is not run, if this thread is in such a section
+/// already: a signal handler of the program has interrupted it. (To block signals would take two
+/// system calls each time, as long as a small I/O.)
+fn inside<T>(f: impl FnOnce() -> T) -> Option<T> {
+    INSIDE.with(|inside| {
+        if inside.replace(true) {
+            return None;
+        }
+        let result = f();
+        inside.set(false);
+        Some(result)
+    })
 }
 
 /// Says that something is not possible. True if it is refused, false if it passes unprotected.
@@ -377,7 +426,7 @@ pub(crate) fn left(number: u32) {
     let less =
         ring.refs.fetch_update(Ordering::AcqRel, Ordering::Acquire, |refs| refs.checked_sub(1));
     if less == Ok(1) {
-        signals::undisturbed(|| let_go(ring));
+        signals::undisturbed(|| inside(|| let_go(ring)));
     }
 }
 
@@ -436,7 +485,7 @@ unsafe fn register(args: &[usize; 6]) -> Option<isize> {
         | abi::REGISTER_FILES2
         | abi::REGISTER_FILES_UPDATE
         | abi::REGISTER_FILES_UPDATE2
-        | abi::UNREGISTER_FILES => Some(signals::undisturbed(|| {
+        | abi::UNREGISTER_FILES => inside(|| {
             let _held = ring.lock.take();
             // SAFETY: the program's own call; under `lock`.
             let (result, inner) =
@@ -445,7 +494,8 @@ unsafe fn register(args: &[usize; 6]) -> Option<isize> {
                 files_registered(ring, inner, operation, arg as u64, count as u32);
             }
             result
-        })),
+        })
+        .or(Some(-(libc::EAGAIN as isize))),
         _ => None,
     }
 }
@@ -500,8 +550,9 @@ unsafe fn register_rings(args: &[usize; 6], adds: bool) -> isize {
         core::array::from_fn(|i| if i < args[3] { read(entry_at(i)) } else { None });
     // SAFETY: the program's own call.
     let done = unsafe { call(libc::SYS_io_uring_register, *args) };
-    for i in 0..usize::try_from(done).unwrap_or(0).min(abi::RING_FDS) {
-        let (Some(was), Some(is)) = (before[i], read::<[u64; 2]>(entry_at(i))) else { continue };
+    let done_entries = usize::try_from(done).unwrap_or(0);
+    for (i, was) in before.into_iter().enumerate().take(done_entries) {
+        let (Some(was), Some(is)) = (was, read::<[u64; 2]>(entry_at(i))) else { continue };
         let index = is[0] as u32 as usize;
         let ring = if adds { crate::files::ring_of(was[1] as i32) } else { None };
         REGISTERED.with(|rings| {

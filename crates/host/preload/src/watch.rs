@@ -28,7 +28,7 @@ pub(crate) fn begin(io: Io, request: &Request) {
         shared[1].store(len, Ordering::Relaxed);
     }
     record.site.store(body.site.0, Ordering::Relaxed);
-    // IO-D: before it looks for others, so that of two that begin at once one sees the other.
+    // IO-4: before it looks for others, so that of two that begin at once one sees the other.
     record.in_flight.store(Record::dir_of(request.dir), Ordering::SeqCst);
     if uses_memory_again(io, request) {
         let session = session::get();

@@ -13,10 +13,10 @@
 //! any of them may be killed at any instruction. Nobody waits for another in it: slots are claimed
 //! by one compare-and-swap and published by one store, and a slot whose owner died stays unused.
 //!
-//! - **SESSION-1** The launcher alone writes [`File`]s; processes look them up and count in them.
-//! - **SESSION-2** Nothing read from here is trusted with memory safety: a program under test may
+//! - **SHARE-1** The launcher alone writes [`File`]s; processes look them up and count in them.
+//! - **SHARE-2** Nothing read from here is trusted with memory safety: a program under test may
 //!   scribble over the mapping. Numbers are checked before they index anything.
-//! - **SESSION-3** Its size is fixed; what finds no room is counted ([`Totals::lost`]), not kept.
+//! - **SHARE-3** Its size is fixed; what finds no room is counted ([`Totals::lost`]), not kept.
 
 #![no_std]
 
@@ -178,7 +178,7 @@ impl Session {
         })?
     }
 
-    /// The file's slot, taken for it if it has none. For the launcher only (SESSION-1).
+    /// The file's slot, taken for it if it has none. For the launcher only (SHARE-1).
     ///
     /// `None` if the table is full; [`Totals::lost`] counts it.
     pub fn enter(&self, dev: u64, ino: u64) -> Option<usize> {

@@ -51,10 +51,6 @@ pub(super) struct Event {
     pub(super) res2: i64,
 }
 
-impl Event {
-    pub(super) const NONE: Event = Event { data: 0, obj: 0, res: 0, res2: 0 };
-}
-
 /// `struct aio_ring` of fs/aio.c, the head of the memory at a context's address. It is no official
 /// interface, but programs (QEMU, fio, libaio itself) have read and written it for twenty years.
 /// Events follow, `header_length` bytes from the start.

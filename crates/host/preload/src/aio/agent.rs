@@ -3,11 +3,12 @@
 //! A program may look at the ring, or wait on an eventfd, and never call `io_getevents`. The kernel
 //! would put the events before it by itself; here somebody has to.
 //!
-//! - The *watch*, one thread, looks at all contexts each millisecond while there are I/Os under
-//!   way: events that lay in H from one look to the next it publishes. So nobody waits in vain. It
+//! - The *watch*, one thread, looks at all contexts each few milliseconds while there are I/Os under
+//!   way: events that lie in H look after look it publishes. So nobody waits in vain. It
 //!   also sees that a program reads the ring.
 //! - An *agent*, one thread per context that is peeked at: by such a reader, or with an eventfd. It
-//!   waits on H, and publishes at once. While the program waits on H itself the agent stands aside.
+//!   waits on H, and publishes at once. While the program waits on H itself, or is submitting, the
+//!   agent stands aside.
 //!
 //! They have no signals, and no memory of the program's but what they finish.
 
@@ -20,8 +21,11 @@ use super::reap;
 use crate::gate::syscall;
 use crate::process;
 
-/// Looks without work after which the watch sleeps until it is woken.
-const IDLE_LOOKS: u32 = 100;
+/// Looks at nothing under way after which the watch sleeps until it is woken.
+const IDLE_LOOKS: u32 = 16;
+/// Milliseconds between two looks: few while something is stale, and twice as many after each look
+/// that finds nothing so, because most programs ask by themselves.
+const PAUSES: core::ops::RangeInclusive<u32> = 1..=16;
 
 /// 1: there is a watch.
 static WATCH: AtomicU32 = AtomicU32::new(0);
@@ -49,12 +53,14 @@ pub(super) fn after_fork() {
 }
 
 extern "C" fn watch(_: *mut c_void) -> *mut c_void {
-    obey_setxid();
-    let mut idle = 0;
+    let (mut idle, mut pause) = (0, *PAUSES.start());
     loop {
-        idle = if look_at_all() { 0 } else { idle + 1 };
+        let seen = look_at_all();
+        idle = if seen.busy { 0 } else { idle + 1 };
+        pause = if seen.stale { *PAUSES.start() } else { (2 * pause).min(*PAUSES.end()) };
         if idle < IDLE_LOOKS {
-            let time = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+            let nanoseconds = i64::from(pause) * 1_000_000;
+            let time = libc::timespec { tv_sec: 0, tv_nsec: nanoseconds };
             // SAFETY: reads the time there.
             unsafe { syscall!(libc::SYS_nanosleep, &raw const time, 0) };
             continue;
@@ -62,41 +68,63 @@ extern "C" fn watch(_: *mut c_void) -> *mut c_void {
         ASLEEP.store(1, Ordering::SeqCst);
         // Whoever submits raises `in_flight` before it looks whether we sleep, so one of us sees the
         // other.
-        if !look_at_all() {
+        if !look_at_all().busy {
             wait_while(&ASLEEP, 1);
         }
         ASLEEP.store(0, Ordering::SeqCst);
-        idle = 0;
+        (idle, pause) = (0, *PAUSES.start());
     }
 }
 
-/// False if nothing is under way.
-fn look_at_all() -> bool {
-    let mut busy = false;
+/// What the watch saw.
+struct Look {
+    /// Something is under way.
+    busy: bool,
+    /// Some event waits to be asked for.
+    stale: bool,
+}
+
+fn look_at_all() -> Look {
+    let mut all = Look { busy: false, stale: false };
     for place in 0..context::places() {
         if let Some(context) = context::hold_at(place) {
-            busy |= look_at(&context);
+            let one = look_at(&context);
+            all.busy |= one.busy;
+            all.stale |= one.stale;
         }
     }
-    busy
+    all
 }
 
-fn look_at(context: &Held) -> bool {
-    if context.in_flight.load(Ordering::SeqCst) == 0 && context.visible() == 0 {
-        return false;
+fn look_at(context: &Held) -> Look {
+    let in_flight = || context.in_flight.load(Ordering::SeqCst) != 0;
+    if !in_flight() && context.visible() == 0 {
+        return Look { busy: false, stale: false };
     }
     if context.head_was_moved() {
         is_peeked_at(context);
     }
-    let now = match context.has_events() && context.waiters.load(Ordering::SeqCst) == 0 {
-        true => i64::from(context.kernel_ring().head.load(Ordering::Relaxed)) + 1,
-        false => 0,
-    };
-    let before = context.stale.swap(now, Ordering::Relaxed);
-    if now != 0 && now == before {
+    if is_stale(context) {
         reap::drain(context, false);
     }
-    context.in_flight.load(Ordering::SeqCst) != 0
+    Look { busy: in_flight(), stale: context.seen.stale.load(Ordering::Relaxed) != 0 }
+}
+
+/// Whether H has an event that has lain there for so long that nobody is about to ask for it: at
+/// three looks, or at ten if the program is busy submitting.
+fn is_stale(context: &Context) -> bool {
+    const ENOUGH: u32 = 10;
+    let seen = &context.seen;
+    let (head, calls) =
+        (context.kernel_ring().head.load(Ordering::Relaxed), context.calls.load(Ordering::Relaxed));
+    let moved = seen.head.swap(head, Ordering::Relaxed) != head;
+    let busy = seen.calls.swap(calls, Ordering::Relaxed) != calls;
+    if moved || !context.has_events() || context.waiters.load(Ordering::SeqCst) > 0 {
+        seen.stale.store(0, Ordering::Relaxed);
+        return false;
+    }
+    let more = if busy { 1 } else { ENOUGH / 2 };
+    seen.stale.fetch_add(more, Ordering::Relaxed) + more >= ENOUGH
 }
 
 /// Takes note that the program learns of events without asking for them, and starts the agent.
@@ -113,37 +141,46 @@ pub(super) fn is_peeked_at(context: &Held) {
 }
 
 extern "C" fn agent(context: *mut c_void) -> *mut c_void {
-    obey_setxid();
     // SAFETY: from `is_peeked_at`, for this thread alone; contexts are static.
     let context = unsafe { Held::from_raw(&*context.cast::<Context>()) };
-    while !context.is_dying() {
-        match context.waiters.load(Ordering::SeqCst) {
-            0 => {
-                let result = reap::drain(&context, true);
-                if result < 0 && result != -(libc::EINTR as isize) {
-                    break;
-                }
-            }
-            waiters => wait_while(&context.waiters, waiters),
+    loop {
+        let bell = context.bell.load(Ordering::SeqCst);
+        if context.is_dying() {
+            break;
         }
+        if has_work(&context) {
+            let result = reap::drain(&context, true);
+            if result < 0 && result != -(libc::EINTR as isize) {
+                break;
+            }
+            continue;
+        }
+        // Who rings changes the bell first, so that either it sees that we sleep, or we see the bell.
+        context.asleep.store(1, Ordering::SeqCst);
+        wait_while(&context.bell, bell);
+        context.asleep.store(0, Ordering::SeqCst);
     }
     ptr::null_mut()
 }
 
-/// Wakes an agent that stands aside.
-pub(super) fn go_on(context: &Context) {
-    wake(&context.waiters);
+/// Whether the agent is to wait on H: there is something to wait for, nobody else waits, and nobody
+/// is submitting. What a call does at once it also publishes itself, before it comes back, as the
+/// kernel does; programs may rely on that (QEMU calls itself without end if it is not so).
+fn has_work(context: &Context) -> bool {
+    context.waiters.load(Ordering::SeqCst) == 0
+        && context.submitting.load(Ordering::SeqCst) == 0
+        && context.in_flight.load(Ordering::SeqCst) != 0
 }
 
-/// Lets the C library's `setuid` and its like reach this thread, which blocks all signals: they
-/// would wait for it for ever (nptl: SIGSETXID).
-fn obey_setxid() {
-    const SIGSETXID: u32 = 33;
-    let set = 1u64 << (SIGSETXID - 1);
-    // SAFETY: reads the set there.
-    unsafe {
-        syscall!(libc::SYS_rt_sigprocmask, libc::SIG_UNBLOCK, &raw const set, 0, size_of_val(&set))
-    };
+/// Tells the agent, if there is one, that it may have something to do.
+pub(super) fn ring(context: &Context) {
+    if context.peeked_at.load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    context.bell.fetch_add(1, Ordering::SeqCst);
+    if context.asleep.load(Ordering::SeqCst) != 0 {
+        wake(&context.bell);
+    }
 }
 
 fn wait_while(word: &AtomicU32, value: u32) {

@@ -12,9 +12,10 @@
 //! A context is a place in a table. It, its memory and H stay while anybody holds it ([`hold`]):
 //! `io_destroy` takes it from the program, and the last holder takes it down.
 
+use core::mem::MaybeUninit;
 use core::ops::Deref;
 use core::ptr;
-use core::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use stableio_onepass as onepass;
 
@@ -24,7 +25,7 @@ use super::abi::{
 use super::finish::{Shadow, What};
 use crate::gate::syscall;
 use crate::pool::PAGE;
-use crate::signals;
+use crate::process;
 
 /// Most contexts of a process.
 const CONTEXTS: usize = 1024;
@@ -43,25 +44,44 @@ pub(super) struct Context {
     bytes: AtomicUsize,
     /// How many shadows there are; as many I/Os as the kernel takes.
     shadows: AtomicU32,
+    /// Room of the visible ring, a power of two.
+    nr: AtomicU32,
     /// Shadows that were ever used.
     used: AtomicU32,
     /// Number plus one of the first free shadow, and a count against ABA.
     free: AtomicU64,
     /// I/Os that the program submitted and has not got events of, but for those in the ring.
     pub(super) in_flight: AtomicU32,
-    /// Those of them that [`crate::io`] knows: memory of the program's is behind them.
-    pub(super) concerned: AtomicU32,
+    /// Those of them that need nothing when they end.
+    pub(super) carefree: AtomicU32,
     /// Threads of the program that wait in the kernel for events of H.
     pub(super) waiters: AtomicU32,
+    /// Threads of the program that are in `io_submit`, where there is an agent.
+    pub(super) submitting: AtomicU32,
+    /// What the agent sleeps on: changed whenever it may have something to do.
+    pub(super) bell: AtomicU32,
+    /// 1: it sleeps.
+    pub(super) asleep: AtomicU32,
     /// 1 when the program was seen to look at the visible ring, or to wait on an eventfd.
     pub(super) peeked_at: AtomicU32,
-    /// Held while the visible ring is changed by us. With signals blocked, so that no handler on
-    /// the same thread ever waits for it.
+    /// The thread that changes the visible ring; 0: none. See
+    /// [`Context::is_interrupted`].
     lock: AtomicU32,
     /// Where we last left or saw the visible ring's head.
     head: AtomicU32,
-    /// The head of H's ring when the watch last looked, plus one; 0: nothing was there.
-    pub(super) stale: AtomicI64,
+    /// Changes when `io_submit` is called.
+    pub(super) calls: AtomicU32,
+    /// What the watch saw when it last looked.
+    pub(super) seen: Seen,
+}
+
+/// What the watch, and nobody else, keeps of a context.
+pub(super) struct Seen {
+    /// Head of H's ring.
+    pub(super) head: AtomicU32,
+    pub(super) calls: AtomicU32,
+    /// How stale the event at that head is.
+    pub(super) stale: AtomicU32,
 }
 
 const FREE: u64 = 0;
@@ -70,6 +90,8 @@ const DYING: u64 = 2 << 32;
 const STATE: u64 = 3 << 32;
 
 static TABLE: [Context; CONTEXTS] = [const { Context::NEW }; CONTEXTS];
+/// Places of contexts, by their addresses; each may be wrong.
+static HINTS: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
 /// Places that were ever used.
 static USED: AtomicUsize = AtomicUsize::new(0);
 
@@ -117,12 +139,21 @@ impl Drop for Held {
 
 /// The context that the program names; `None` if it is none of ours.
 pub(super) fn hold(address: usize) -> Option<Held> {
-    let mut id = 0u32;
+    let at = |place: usize| {
+        hold_at(place).filter(|held| held.mapping.load(Ordering::Relaxed) == address)
+    };
+    // Where one of this address was found last: rings begin with pages.
+    let hint = &HINTS[address / PAGE % HINTS.len()];
+    if let Some(held) = at(hint.load(Ordering::Relaxed) as usize) {
+        return Some(held);
+    }
+    let mut place = 0u32;
     // SAFETY: the program's memory is foreign, and may be inaccessible; ours holds four bytes.
-    // The first word of a ring is its number.
-    unsafe { onepass::copy_in(address as *const u8, (&raw mut id).cast(), 4) }.ok()?;
-    let held = hold_at(id as usize)?;
-    (held.mapping.load(Ordering::Relaxed) == address).then_some(held)
+    // The first word of a ring is its number, which here is its place.
+    unsafe { onepass::copy_in(address as *const u8, (&raw mut place).cast(), 4) }.ok()?;
+    let held = at(place as usize)?;
+    hint.store(place, Ordering::Relaxed);
+    Some(held)
 }
 
 /// The context in this place, if it is live.
@@ -154,7 +185,7 @@ pub(super) fn make(kernel: usize) -> Option<usize> {
     // SAFETY: the kernel maps its ring there for the life of its context.
     let theirs = unsafe { &*(kernel as *const Ring) };
     let shadows = theirs.nr.load(Ordering::Relaxed);
-    let nr = shadows + SLACK;
+    let nr = (shadows + SLACK).next_power_of_two();
     let ring_bytes = (size_of::<Ring>() + nr as usize * size_of::<Event>()).next_multiple_of(PAGE);
     let bytes = ring_bytes + shadows as usize * size_of::<Shadow>();
     let (prot, flags) =
@@ -174,19 +205,23 @@ pub(super) fn make(kernel: usize) -> Option<usize> {
     context.mapping.store(mapping, Ordering::Relaxed);
     context.bytes.store(bytes, Ordering::Relaxed);
     context.shadows.store(shadows, Ordering::Relaxed);
+    context.nr.store(nr, Ordering::Relaxed);
     context.free.store(0, Ordering::Relaxed);
     for counter in [
         &context.used,
         &context.in_flight,
-        &context.concerned,
+        &context.carefree,
         &context.waiters,
+        &context.submitting,
+        &context.asleep,
         &context.peeked_at,
         &context.lock,
         &context.head,
+        &context.calls,
+        &context.seen.stale,
     ] {
         counter.store(0, Ordering::Relaxed);
     }
-    context.stale.store(0, Ordering::Relaxed);
     let ring = context.ring();
     ring.id.store(place as u32, Ordering::Relaxed);
     ring.nr.store(nr, Ordering::Relaxed);
@@ -209,21 +244,27 @@ fn claim() -> Option<(usize, &'static Context)> {
 }
 
 impl Context {
+    #[expect(clippy::declare_interior_mutable_const, reason = "only to fill the table")]
     const NEW: Context = Context {
         state: AtomicU64::new(FREE),
         kernel: AtomicUsize::new(0),
         mapping: AtomicUsize::new(0),
         bytes: AtomicUsize::new(0),
         shadows: AtomicU32::new(0),
+        nr: AtomicU32::new(0),
         used: AtomicU32::new(0),
         free: AtomicU64::new(0),
         in_flight: AtomicU32::new(0),
-        concerned: AtomicU32::new(0),
+        carefree: AtomicU32::new(0),
         waiters: AtomicU32::new(0),
+        submitting: AtomicU32::new(0),
+        bell: AtomicU32::new(0),
+        asleep: AtomicU32::new(0),
         peeked_at: AtomicU32::new(0),
         lock: AtomicU32::new(0),
         head: AtomicU32::new(0),
-        stale: AtomicI64::new(0),
+        calls: AtomicU32::new(0),
+        seen: Seen { head: AtomicU32::new(0), calls: AtomicU32::new(0), stale: AtomicU32::new(0) },
     };
 
     /// H.
@@ -246,6 +287,13 @@ impl Context {
     /// Whether the program has taken it down.
     pub(super) fn is_dying(&self) -> bool {
         self.state.load(Ordering::Acquire) & STATE == DYING
+    }
+
+    /// Whether I/Os are under way whose end we have to see.
+    pub(super) fn has_cares(&self) -> bool {
+        // Between the two, one that needs nothing may end, and look like one that does: once.
+        let carefree = self.carefree.load(Ordering::Acquire);
+        self.in_flight.load(Ordering::Acquire) > carefree
     }
 
     /// Takes it from the program: nobody else gets hold of it. False if somebody else has.
@@ -282,7 +330,13 @@ impl Context {
 
     /// Room of the visible ring. Not as the program may have overwritten it (AIO-F).
     fn nr(&self) -> u32 {
-        self.shadows() + SLACK
+        self.nr.load(Ordering::Relaxed)
+    }
+
+    /// A place in the visible ring, whatever the number: by its power of two, as this is asked
+    /// several times for each I/O.
+    fn place(&self, number: u32) -> u32 {
+        number & self.nr().wrapping_sub(1)
     }
 
     fn events(&self) -> *mut Event {
@@ -293,30 +347,31 @@ impl Context {
 
     /// Events that the program has not taken from the visible ring.
     pub(super) fn visible(&self) -> u32 {
-        let (ring, nr) = (self.ring(), self.nr());
-        let tail = ring.tail.load(Ordering::Acquire) % nr;
-        (tail + nr - ring.head.load(Ordering::Acquire) % nr) % nr
+        let ring = self.ring();
+        let tail = ring.tail.load(Ordering::Acquire);
+        self.place(tail.wrapping_sub(ring.head.load(Ordering::Acquire)))
     }
 
     /// Whether the program has moved the visible ring's head itself: it reads the ring.
     pub(super) fn head_was_moved(&self) -> bool {
         let moved =
             || self.ring().head.load(Ordering::Relaxed) != self.head.load(Ordering::Relaxed);
-        moved() && self.locked(moved)
+        moved() && self.locked(moved).unwrap_or(false)
     }
 
     /// Puts events into the visible ring. They fit, unless the program has written nonsense to its
-    /// head: then those that do not are dropped, as the program dropped the room for them.
+    /// head: then those that do not are dropped, as the program dropped the room for them. Not by a
+    /// handler that [`Context::is_interrupted`].
     pub(super) fn publish(&self, events: &[Event]) {
         self.locked(|| {
-            let (ring, nr) = (self.ring(), self.nr());
-            let mut tail = ring.tail.load(Ordering::Relaxed) % nr;
-            let room = nr - 1 - self.visible().min(nr - 1);
+            let ring = self.ring();
+            let mut tail = self.place(ring.tail.load(Ordering::Relaxed));
+            let room = self.nr() - 1 - self.visible();
             for event in events.iter().take(room as usize) {
                 // SAFETY: `tail` is below `nr`, so this lies in the mapping; the program does not
                 // read it before it sees the new tail.
                 unsafe { self.events().add(tail as usize).write_volatile(*event) };
-                tail = (tail + 1) % nr;
+                tail = self.place(tail + 1);
             }
             // AIO-C: the events before the tail that says that they are there.
             ring.tail.store(tail, Ordering::Release);
@@ -324,35 +379,49 @@ impl Context {
     }
 
     /// Takes events from the visible ring; returns how many.
-    pub(super) fn take_visible(&self, into: &mut [Event]) -> usize {
+    pub(super) fn take_visible(&self, into: &mut [MaybeUninit<Event>]) -> usize {
         if self.visible() == 0 || into.is_empty() {
             return 0;
         }
-        self.locked(|| {
-            let (ring, nr) = (self.ring(), self.nr());
-            let mut head = ring.head.load(Ordering::Acquire) % nr;
+        let taken = self.locked(|| {
+            let ring = self.ring();
+            let mut head = self.place(ring.head.load(Ordering::Acquire));
             let count = (self.visible() as usize).min(into.len());
             for event in &mut into[..count] {
                 // SAFETY: as in `publish`. Plain numbers, for which any bytes are valid.
-                *event = unsafe { self.events().add(head as usize).read_volatile() };
-                head = (head + 1) % nr;
+                event.write(unsafe { self.events().add(head as usize).read_volatile() });
+                head = self.place(head + 1);
             }
             self.head.store(head, Ordering::Relaxed);
             ring.head.store(head, Ordering::Release);
             count
-        })
+        });
+        taken.unwrap_or(0)
     }
 
-    fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
-        signals::undisturbed(|| {
-            while self.lock.swap(1, Ordering::Acquire) != 0 {
-                // SAFETY: a system call without memory.
-                unsafe { syscall!(libc::SYS_sched_yield) };
+    /// Whether this is a signal handler that has interrupted its own thread while that changed the
+    /// visible ring: it must not wait for what it interrupted, and goes without the ring.
+    pub(super) fn is_interrupted(&self) -> bool {
+        let holder = self.lock.load(Ordering::Relaxed);
+        holder != 0 && holder == process::thread_id()
+    }
+
+    /// Runs `f` while no other thread changes the visible ring. `None` if [`Context::is_interrupted`].
+    fn locked<T>(&self, f: impl FnOnce() -> T) -> Option<T> {
+        let us = process::thread_id();
+        loop {
+            match self.lock.compare_exchange(0, us, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => break,
+                Err(holder) if holder == us => return None,
+                Err(_) => {
+                    // SAFETY: a system call without memory.
+                    unsafe { syscall!(libc::SYS_sched_yield) };
+                }
             }
-            let result = f();
-            self.lock.store(0, Ordering::Release);
-            result
-        })
+        }
+        let result = f();
+        self.lock.store(0, Ordering::Release);
+        Some(result)
     }
 
     // The shadows.

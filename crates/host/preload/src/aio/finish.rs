@@ -53,15 +53,15 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// Whether `io_destroy` has to see its end.
-    fn is_concerned(self) -> bool {
-        matches!(self, Kind::Ours(_) | Kind::Uncached { .. })
+    /// Whether `io_destroy` need not see its end.
+    fn is_carefree(self) -> bool {
+        matches!(self, Kind::Other | Kind::Direct(..))
     }
 
     /// Says that it goes to the kernel.
     pub(super) fn begun(self, context: &Context) {
-        if self.is_concerned() {
-            context.concerned.fetch_add(1, Ordering::Relaxed);
+        if self.is_carefree() {
+            context.carefree.fetch_add(1, Ordering::Relaxed);
         }
         // Before the watch is asked whether it sleeps, see `watch`.
         context.in_flight.fetch_add(1, Ordering::SeqCst);
@@ -69,8 +69,8 @@ impl Kind {
 
     fn over(self, context: &Context) {
         context.in_flight.fetch_sub(1, Ordering::SeqCst);
-        if self.is_concerned() {
-            context.concerned.fetch_sub(1, Ordering::Release);
+        if self.is_carefree() {
+            context.carefree.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -162,19 +162,19 @@ pub(super) fn tell(resfds: &[i32]) {
 /// Whether the descriptor may be an eventfd, and is no file: the program may have closed the one
 /// that it gave, and the number may be another file's by now, which must not be written to.
 fn is_anonymous(fd: i32) -> bool {
-    // SAFETY: plain data, for which zeros are valid; the kernel fills it.
-    let (known, stat) = unsafe {
-        let mut stat: libc::stat = zeroed();
-        (syscall!(libc::SYS_fstat, fd, &raw mut stat) == 0, stat)
-    };
-    known && stat.st_mode & libc::S_IFMT == 0
+    eventfd_error(fd).is_none()
 }
 
-/// The error of an iocb with this eventfd, which the kernel finds by the same looks.
+/// The error of an iocb with this eventfd, if it has one.
 pub(super) fn eventfd_error(fd: i32) -> Option<isize> {
-    // SAFETY: a system call without memory.
-    if unsafe { syscall!(libc::SYS_fcntl, fd, libc::F_GETFD) } < 0 {
-        return Some(-(libc::EBADF as isize));
+    // SAFETY: plain data, for which zeros are valid; the kernel fills it.
+    let (result, stat) = unsafe {
+        let mut stat: libc::stat = zeroed();
+        (syscall!(libc::SYS_fstat, fd, &raw mut stat), stat)
+    };
+    match result {
+        0 if stat.st_mode & libc::S_IFMT == 0 => None,
+        0 => Some(-(libc::EINVAL as isize)),
+        error => Some(error),
     }
-    (!is_anonymous(fd)).then_some(-(libc::EINVAL as isize))
 }

@@ -8,6 +8,7 @@
 use core::ffi::{CStr, c_int, c_void};
 use core::sync::atomic::{AtomicPtr, Ordering};
 
+use super::abi::SigSet;
 use super::perform;
 use crate::calls::SYS_IO_PGETEVENTS;
 use crate::gate;
@@ -60,15 +61,24 @@ impl Name {
     /// It is the program's own, with its own arguments.
     unsafe fn call(&self, args: [usize; 6], caller: Caller) -> isize {
         process::arm_thread();
-        let theirs = self.theirs();
-        if theirs.is_some()
+        if self.theirs().is_some()
             && let Some(result) = perform(self.number, &args, caller, None)
         {
             return result;
         }
-        let function = theirs.unwrap_or_else(|| gate::look_up(&self.next, self.name));
-        // SAFETY: the function that the program would have called.
-        unsafe { pass(function, args) }
+        // SAFETY: the caller's promise.
+        unsafe { self.call_theirs(args) }
+    }
+
+    /// Calls the function that the program would have called without us.
+    ///
+    /// # Safety
+    ///
+    /// As [`Name::call`].
+    unsafe fn call_theirs(&self, args: [usize; 6]) -> isize {
+        let next = || gate::look_up(&self.next, self.name);
+        // SAFETY: the function of this name, with what the program passed to it.
+        unsafe { pass(self.theirs().unwrap_or_else(next), args) }
     }
 }
 
@@ -125,7 +135,33 @@ names! {
     io_setup = SETUP;
     io_destroy = DESTROY;
     io_cancel = CANCEL;
-    io_pgetevents = PGETEVENTS;
+}
+
+/// Stands in front of libaio's, which has the mask itself as its sixth argument.
+///
+/// # Safety
+///
+/// As libaio's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn io_pgetevents(
+    a: usize,
+    b: usize,
+    c: usize,
+    d: usize,
+    e: usize,
+    mask: usize,
+) -> isize {
+    let set = SigSet { mask, size: size_of::<u64>() };
+    let sixth = if mask == 0 { 0 } else { (&raw const set).addr() };
+    process::arm_thread();
+    if PGETEVENTS.theirs().is_some()
+        && let Some(result) =
+            perform(SYS_IO_PGETEVENTS, &[a, b, c, d, e, sixth], Caller::NOBODY, None)
+    {
+        return result;
+    }
+    // SAFETY: the program's own call.
+    unsafe { PGETEVENTS.call_theirs([a, b, c, d, e, mask]) }
 }
 
 /// Stands in front of libaio's.

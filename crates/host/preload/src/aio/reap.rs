@@ -6,14 +6,17 @@
 //!
 //! - **AIO-D** A waiter counts itself, then looks at the visible ring, then waits. A publisher
 //!   publishes, then looks for waiters; if there are any it *kicks*: I/Os of no length make H have
-//!   events, which wake them, and belong to nobody.
+//!   events, which wake them, and belong to nobody. Who takes such an event and is no waiter, or
+//!   leaves others waiting, kicks again.
 
+use core::mem::MaybeUninit;
 use core::sync::atomic::{Ordering, fence};
 
 use libc::timespec;
 use stableio_onepass as onepass;
 
 use super::abi::{Event, IOCB_CMD_PREAD, Iocb, SigSet};
+use super::agent;
 use super::context::{Context, Held};
 use super::finish::{KICK, finish, tell};
 use crate::calls::SYS_IO_PGETEVENTS;
@@ -43,11 +46,12 @@ pub(super) fn get_events(context: &Held, want: &Want) -> isize {
     }
     let (min, max) = (want.min as usize, want.max as usize);
     let clock = Clock::of(want.time);
-    let (mut got, mut batch) = (0, Batch::NEW);
+    let mut batch = Batch::NEW;
+    let mut got = 0;
     let error = loop {
         let room = BATCH.min(max - got);
         let target = batch.at(want.events, got);
-        batch.count = context.take_visible(&mut batch.events[..room]);
+        batch.take_visible(context, room);
         if batch.count > 0 {
             match batch.deliver(context, target) {
                 Ok(()) => got += batch.count,
@@ -64,7 +68,11 @@ pub(super) fn get_events(context: &Held, want: &Want) -> isize {
         let result = if blocks {
             wait(context, missing.min(room), room, left, want.mask, &mut batch)
         } else {
-            batch.fill(context, 0, room, Some(NO_TIME), None)
+            let result = batch.fill(context, 0, room, Some(NO_TIME), None);
+            if batch.kicked {
+                wake_waiters(context);
+            }
+            result
         };
         if context.is_dying() {
             break -(libc::EINVAL as isize);
@@ -103,19 +111,20 @@ fn wait(
         batch.fill(context, min, max, time, mask)
     };
     let others = context.waiters.fetch_sub(1, Ordering::SeqCst) - 1;
-    if context.peeked_at.load(Ordering::Relaxed) != 0 {
-        if others == 0 {
-            super::agent::go_on(context);
-        } else if context.visible() > 0 {
-            // The kick that woke us was for them as well.
-            kick(context);
-        }
+    if others > 0 && context.visible() > 0 {
+        kick(context);
+    }
+    if others == 0 {
+        agent::ring(context);
     }
     result
 }
 
 /// Publishes what H has; waits for something if `waits`. Returns what the kernel said last.
 pub(super) fn drain(context: &Context, waits: bool) -> isize {
+    if context.is_interrupted() {
+        return 0;
+    }
     let mut batch = Batch::NEW;
     let mut first = waits;
     while first || context.has_events() {
@@ -127,15 +136,29 @@ pub(super) fn drain(context: &Context, waits: bool) -> isize {
         }
         first = false;
         batch.publish(context);
+        if wake_waiters(context) {
+            // They get the rest themselves, and what wakes them.
+            return 0;
+        }
     }
     0
 }
 
-/// After `io_submit`: what the kernel did at once, for a program that looks at the ring. Not while
-/// somebody waits on H, who gets it there.
+/// Kicks those who wait, if there are any: something was published, or a kick was taken (AIO-D).
+fn wake_waiters(context: &Context) -> bool {
+    fence(Ordering::SeqCst);
+    let any = context.waiters.load(Ordering::SeqCst) > 0;
+    if any {
+        kick(context);
+    }
+    any
+}
+
+/// After `io_submit`: publishes what the kernel has done, much of it at once. That is for programs
+/// that look at the ring, and for all others because memory that is free early is used again while
+/// it is still in the processor's caches. Not while somebody waits on H, who gets it there.
 pub(super) fn after_submit(context: &Context) {
-    if context.peeked_at.load(Ordering::Relaxed) != 0 && context.waiters.load(Ordering::SeqCst) == 0
-    {
+    if context.waiters.load(Ordering::SeqCst) == 0 {
         drain(context, false);
     }
 }
@@ -145,7 +168,7 @@ pub(super) fn discard(context: &Context) {
     let little = timespec { tv_sec: 0, tv_nsec: 10_000_000 };
     let mut batch = Batch::NEW;
     if batch.fill(context, 1, BATCH, Some(little), None).is_ok() {
-        tell(&batch.resfds[..batch.count]);
+        tell(batch.resfds());
     }
 }
 
@@ -180,14 +203,45 @@ pub(super) fn kick(context: &Context) {
 
 /// Finished events on their way to the program.
 struct Batch {
-    events: [Event; BATCH],
+    /// The first `count` are there. Not set before: it is made twice for each I/O.
+    room: [MaybeUninit<Event>; BATCH],
     /// Their eventfds, or -1.
-    resfds: [i32; BATCH],
+    resfds: [MaybeUninit<i32>; BATCH],
     count: usize,
+    /// Whether a kick was among them.
+    kicked: bool,
 }
 
 impl Batch {
-    const NEW: Batch = Batch { events: [Event::NONE; BATCH], resfds: [-1; BATCH], count: 0 };
+    const NEW: Batch = Batch {
+        room: [MaybeUninit::uninit(); BATCH],
+        resfds: [MaybeUninit::uninit(); BATCH],
+        count: 0,
+        kicked: false,
+    };
+
+    fn events(&self) -> &[Event] {
+        // SAFETY: the first `count` are there.
+        unsafe { core::slice::from_raw_parts(self.room.as_ptr().cast(), self.count) }
+    }
+
+    fn resfds(&self) -> &[i32] {
+        // SAFETY: the first `count` are there.
+        unsafe { core::slice::from_raw_parts(self.resfds.as_ptr().cast(), self.count) }
+    }
+
+    /// Adds a finished event: there is room while the events that were taken are gone through.
+    fn push(&mut self, event: Event, resfd: i32) {
+        self.room[self.count].write(event);
+        self.resfds[self.count].write(resfd);
+        self.count += 1;
+    }
+
+    /// Takes events from the visible ring, whose eventfds were told when they were published.
+    fn take_visible(&mut self, context: &Context, max: usize) {
+        self.count = context.take_visible(&mut self.room[..max]);
+        self.resfds[..self.count].fill(MaybeUninit::new(-1));
+    }
 
     /// Takes events from H, and finishes them. Returns how many there were, which may be more than
     /// the program is to have.
@@ -199,8 +253,8 @@ impl Batch {
         time: Option<timespec>,
         mask: Option<u64>,
     ) -> Result<usize, isize> {
-        self.count = 0;
-        let (kernel, into) = (context.kernel(), self.events.as_mut_ptr());
+        (self.count, self.kicked) = (0, false);
+        let (kernel, into) = (context.kernel(), self.room.as_mut_ptr());
         let time = time.as_ref().map_or(core::ptr::null(), core::ptr::from_ref);
         // SAFETY: `into` has room for `BATCH` events, and `max` is no more; the others are null or
         // valid for reads.
@@ -216,10 +270,12 @@ impl Batch {
         };
         let got = usize::try_from(result).map_err(|_| result)?;
         for i in 0..got.min(BATCH) {
-            if let Some((event, resfd)) = finish(context, &self.events[i]) {
-                self.events[self.count] = event;
-                self.resfds[self.count] = resfd;
-                self.count += 1;
+            // SAFETY: the kernel has written so many. None is overwritten before it is read, as no
+            // more are pushed than were read.
+            let event = unsafe { self.room[i].assume_init() };
+            self.kicked |= event.data == KICK;
+            if let Some((event, resfd)) = finish(context, &event) {
+                self.push(event, resfd);
             }
         }
         Ok(got)
@@ -233,31 +289,26 @@ impl Batch {
     /// Hands the events to the program, at `to`. If they can not be written there, they are
     /// published: the program may ask again.
     fn deliver(&mut self, context: &Context, to: usize) -> Result<(), isize> {
-        let bytes = self.count * size_of::<Event>();
-        // SAFETY: the program's memory is foreign, and may be inaccessible; ours holds `count`
-        // events.
-        let copied =
-            unsafe { onepass::copy_out(self.events.as_ptr().cast(), to as *mut u8, bytes) };
+        let events = self.events();
+        let (from, bytes) = (events.as_ptr().cast(), size_of_val(events));
+        // SAFETY: the program's memory is foreign, and may be inaccessible; ours holds so much.
+        let copied = unsafe { onepass::copy_out(from, to as *mut u8, bytes) };
         if copied.is_err() {
             self.publish(context);
+            wake_waiters(context);
             return Err(-(libc::EFAULT as isize));
         }
-        tell(&self.resfds[..self.count]);
+        tell(self.resfds());
         Ok(())
     }
 
-    /// Puts the events into the visible ring, tells their eventfds, and those who wait.
+    /// Puts the events into the visible ring, and tells their eventfds.
     fn publish(&mut self, context: &Context) {
         if self.count == 0 {
             return;
         }
-        context.publish(&self.events[..self.count]);
-        tell(&self.resfds[..self.count]);
-        self.resfds = [-1; BATCH];
-        fence(Ordering::SeqCst);
-        if context.waiters.load(Ordering::SeqCst) > 0 {
-            kick(context);
-        }
+        context.publish(self.events());
+        tell(self.resfds());
     }
 }
 

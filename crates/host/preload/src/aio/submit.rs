@@ -35,6 +35,12 @@ pub(super) fn submit(context: &Held, count: i64, iocbs: usize, caller: Caller) -
     if count < 0 {
         return -(libc::EINVAL as isize);
     }
+    // Not counted, only changed: two that write the same are no harm.
+    context.calls.store(context.calls.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    let agent = context.peeked_at.load(Ordering::Relaxed) != 0;
+    if agent {
+        context.submitting.fetch_add(1, Ordering::SeqCst);
+    }
     let mut batch = Batch { context, caller, iocbs: [core::ptr::null_mut(); BATCH], filled: 0 };
     let (mut taken, mut error) = (0, 0);
     while (taken as i64) < count && error == 0 {
@@ -52,12 +58,21 @@ pub(super) fn submit(context: &Held, count: i64, iocbs: usize, caller: Caller) -
             error = refused;
         }
     }
-    if taken > 0 {
-        agent::wake_watch();
-        reap::after_submit(context);
-        return taken as isize;
+    reap::after_submit(context);
+    if agent {
+        context.submitting.fetch_sub(1, Ordering::SeqCst);
     }
-    error
+    let in_flight = context.in_flight.load(Ordering::SeqCst) != 0;
+    if in_flight {
+        agent::ring(context);
+    }
+    if taken == 0 {
+        return error;
+    }
+    if in_flight {
+        agent::wake_watch();
+    }
+    taken as isize
 }
 
 /// Shadow iocbs on their way to the kernel.
@@ -201,7 +216,7 @@ impl Batch<'_> {
                 // some programs (QEMU) do not: others have the memory, and give it back.
                 libc::EAGAIN if alone && self.is_idle() && waits < PATIENCE => {
                     waits += 1;
-                    nap();
+                    sync::nap();
                 }
                 libc::EINVAL => {
                     ask::say(
@@ -323,11 +338,4 @@ pub(super) fn cancel(context: &Context, obj: usize) -> isize {
         }
         -(libc::EINVAL as isize)
     })
-}
-
-/// Lets others finish.
-pub(super) fn nap() {
-    let time = libc::timespec { tv_sec: 0, tv_nsec: 100_000 };
-    // SAFETY: reads the time there.
-    unsafe { syscall!(libc::SYS_nanosleep, &raw const time, 0) };
 }

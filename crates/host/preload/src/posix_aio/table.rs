@@ -67,6 +67,7 @@ const ROUND: u32 = 4;
 unsafe impl Sync for Shadow {}
 
 impl Shadow {
+    #[expect(clippy::declare_interior_mutable_const, reason = "only to fill the table")]
     const NEW: Shadow = Shadow {
         word: AtomicU32::new(NOTHING),
         error: AtomicI32::new(0),

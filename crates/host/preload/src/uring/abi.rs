@@ -158,6 +158,7 @@ pub(super) const FEAT_SINGLE_MMAP: u32 = 1 << 0;
 
 // IORING_ENTER_*.
 pub(super) const ENTER_GETEVENTS: u32 = 1 << 0;
+pub(super) const ENTER_EXT_ARG: u32 = 1 << 3;
 pub(super) const ENTER_REGISTERED_RING: u32 = 1 << 4;
 
 // IOSQE_*.

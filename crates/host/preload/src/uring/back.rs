@@ -11,6 +11,9 @@
 //! - **URING-B1** A completion is posted to the program once, and after `end` has looked at it.
 //! - **URING-B2** Under `sq`: the queue's tail, `free` and the operations that are in it. Under
 //!   `cq`: the queue's head. Nothing waits for an I/O while it holds either.
+//! - **URING-B4** The agent takes nothing while somebody else is about to wait for it: the other
+//!   would wait for what has come. (That a second thread of the program takes it, the other's
+//!   patience makes good.)
 //! - **URING-B3** The place of an operation is used again as late as can be: its message to the
 //!   program can be repeated if the kernel had no memory for it.
 
@@ -19,15 +22,16 @@ use core::ffi::c_void;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use super::abi::{
-    CQE_SKIP_SUCCESS, Cqe, ENTER_GETEVENTS, OP_MSG_RING, OP_NOP, Params, REGISTER_FILES_UPDATE2,
-    REGISTER_FILES2, RSRC_REGISTER_SPARSE, RsrcRegister, RsrcUpdate, SETUP_CQSIZE,
-    SETUP_SUBMIT_ALL, Sqe,
+    CQE_SKIP_SUCCESS, Cqe, ENTER_EXT_ARG, ENTER_GETEVENTS, OP_MSG_RING, OP_NOP, Params,
+    REGISTER_FILES_UPDATE2, REGISTER_FILES2, RSRC_REGISTER_SPARSE, RsrcRegister, RsrcUpdate,
+    SETUP_CQSIZE, SETUP_SUBMIT_ALL, Sqe,
 };
 use super::lock::Lock;
 use super::map::{Map, memory, patch, unmap};
 use crate::gate::{call_with_cookie, syscall};
 use crate::io::{Dir, Io};
 use crate::process;
+use crate::session;
 use crate::signals;
 use crate::uncached;
 
@@ -37,8 +41,18 @@ const ENTRIES: u32 = 256;
 pub(super) const OPERATIONS: usize = 4096;
 /// Completions that are taken at once.
 const BATCH: usize = 32;
+/// The same under `detect`.
+const WATCHED_BATCH: usize = 2;
 /// Where descriptors of ours begin: above what programs reach by counting.
 const HIGH: usize = 1000;
+
+/// How long the agent sleeps while the program's threads take its place: the longest that a
+/// completion may wait for it when they stop. Nanoseconds.
+const LEADERS_NAP_NS: i64 = 100_000;
+/// How long a thread of the program waits in the agent's place. Nanoseconds.
+const LEADERS_PATIENCE_NS: i64 = 10_000_000;
+/// A short wait for memory, or for others. Nanoseconds.
+pub(super) const NAP_NS: i64 = 50_000;
 
 /// In `user_data`: the message about the operation, not the operation.
 const MESSAGE: u64 = 1 << 32;
@@ -46,6 +60,15 @@ const MESSAGE: u64 = 1 << 32;
 const WAKE: u64 = u64::MAX;
 
 const NO_IO: u32 = u32::MAX;
+
+/// `struct io_uring_getevents_arg` of linux/io_uring.h.
+#[repr(C)]
+struct GetEvents {
+    mask: u64,
+    mask_len: u32,
+    pad: u32,
+    time: u64,
+}
 
 /// What is known of an entry of the back ring.
 #[derive(Clone, Copy)]
@@ -101,6 +124,10 @@ pub(super) struct Back {
     /// The program's ring.
     target: AtomicI32,
     in_flight: AtomicU32,
+    /// Those whose completion nobody has taken.
+    unseen: AtomicU32,
+    /// How often a thread of the program has taken the agent's place since the agent last looked.
+    led: AtomicU32,
     sq: Lock,
     cq: Lock,
     queue: UnsafeCell<Queue>,
@@ -120,6 +147,8 @@ impl Back {
             fd: AtomicI32::new(-1),
             target: AtomicI32::new(-1),
             in_flight: AtomicU32::new(0),
+            unseen: AtomicU32::new(0),
+            led: AtomicU32::new(0),
             sq: Lock::new(),
             cq: Lock::new(),
             queue: UnsafeCell::new(queue),
@@ -195,6 +224,7 @@ impl Back {
         }
         self.closing.store(false, Ordering::Relaxed);
         self.in_flight.store(0, Ordering::Relaxed);
+        self.unseen.store(0, Ordering::Relaxed);
         self.ready.store(true, Ordering::Release);
         if !process::spawn(agent, core::ptr::from_ref(self).cast_mut().cast()) {
             self.free();
@@ -243,6 +273,7 @@ impl Back {
             // SAFETY: inside of the memory that `make` mapped; the place was free.
             unsafe { *queue.operation(number) = operation };
             self.in_flight.fetch_add(1, Ordering::AcqRel);
+            self.unseen.fetch_add(1, Ordering::Relaxed);
             queue.push(&sqe);
             waiting += 1;
         }
@@ -257,20 +288,56 @@ impl Back {
                 // The program closed what it did not open.
                 error if error == -(libc::EBADF as isize) => return,
                 // For want of memory, or while completions overflow.
-                _ => nap(),
+                _ => nap(NAP_NS),
             }
         }
     }
 
+    /// Has the agent hold back for a while: a thread of the program is about to look again.
+    pub(super) fn replaces_agent(&self) {
+        self.led.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Waits for a completion in the agent's place, on a thread that would have to wait for the
+    /// agent to pass it on. The kernel's result; `None`: there is nothing to wait for, any more.
+    pub(super) fn lead(&self, mask: u64, mask_len: u32) -> Option<isize> {
+        // Before it looks: from now on the agent takes nothing (URING-B4).
+        self.replaces_agent();
+        let map = self.map();
+        {
+            let _held = self.cq.take();
+            let empty = map.cq_head().load(Ordering::Relaxed) == map.cq_tail();
+            if !empty || self.unseen.load(Ordering::Relaxed) == 0 {
+                return None;
+            }
+        }
+        let time = libc::timespec { tv_sec: 0, tv_nsec: LEADERS_PATIENCE_NS };
+        let arg = GetEvents { mask, mask_len, pad: 0, time: (&raw const time) as u64 };
+        let (flags, fd) = (ENTER_GETEVENTS | ENTER_EXT_ARG, self.fd.load(Ordering::Relaxed));
+        // SAFETY: waits; the signal mask is the program's own argument.
+        let result = unsafe {
+            let size = size_of_val(&arg);
+            syscall!(libc::SYS_io_uring_enter, fd, 0, 1, flags, &raw const arg, size)
+        };
+        (result != -(libc::ETIME as isize)).then_some(result)
+    }
+
     /// Takes completions that are there, and has the program hear of them. How many.
     pub(super) fn reap(&self) -> usize {
+        self.reap_as(false)
+    }
+
+    fn reap_as(&self, agent: bool) -> usize {
         if !self.is_ready() {
             return 0;
         }
         let mut batch = [Cqe { user_data: 0, res: 0, flags: 0 }; BATCH];
+        // What changes between the look at the memory and the message is not found, although the
+        // program was not told yet: that is to be short.
+        let most = if session::detects() { WATCHED_BATCH } else { BATCH };
         let mut sum = 0;
         loop {
-            let count = self.take_completions(&mut batch);
+            let count = self.take_completions(&mut batch[..most], agent);
             if count == 0 {
                 return sum;
             }
@@ -282,15 +349,18 @@ impl Back {
         }
     }
 
-    fn take_completions(&self, batch: &mut [Cqe; BATCH]) -> usize {
+    fn take_completions(&self, batch: &mut [Cqe], agent: bool) -> usize {
         let map = self.map();
         if map.cq_head().load(Ordering::Relaxed) == map.cq_tail() {
             return 0;
         }
         let Some(_held) = self.cq.try_take() else { return 0 };
+        if agent && self.led.load(Ordering::SeqCst) > 0 {
+            return 0;
+        }
         let (mut head, tail) = (map.cq_head().load(Ordering::Relaxed), map.cq_tail());
         let mut count = 0;
-        while head != tail && count < BATCH {
+        while head != tail && count < batch.len() {
             if let Some((cqe, _)) = map.cqe(head)
                 && cqe.user_data != WAKE
             {
@@ -300,6 +370,8 @@ impl Back {
             head = head.wrapping_add(1);
         }
         map.cq_head().store(head, Ordering::Release);
+        let operations = batch[..count].iter().filter(|cqe| cqe.user_data & MESSAGE == 0);
+        self.unseen.fetch_sub(operations.count() as u32, Ordering::Relaxed);
         count
     }
 
@@ -391,8 +463,10 @@ impl Back {
 
     /// The program's ring is gone: the agent ends when all operations have.
     pub(super) fn close(&self) {
-        self.closing.store(true, Ordering::Release);
+        // Under the lock, so that the agent, which sees the mark at once, does not unmap what is
+        // being used here.
         let _held = self.sq.take();
+        self.closing.store(true, Ordering::Release);
         // SAFETY: under `sq` (URING-B2).
         let queue = unsafe { &mut *self.queue.get() };
         queue.push(&Sqe { opcode: OP_NOP, user_data: WAKE, ..Sqe::ZERO });
@@ -400,7 +474,7 @@ impl Back {
     }
 
     fn free(&self) {
-        self.ready.store(false, Ordering::Release);
+        drop(self.sq.take());
         // SAFETY: nobody else uses the ring any more: its operations have ended, and the record of
         // the program's ring is not given out before `ready` is false.
         unsafe {
@@ -412,6 +486,7 @@ impl Back {
                 syscall!(libc::SYS_close, fd.swap(-1, Ordering::Relaxed));
             }
         }
+        self.ready.store(false, Ordering::Release);
     }
 
     /// In a forked child: lets go of what it inherited, of which nothing is its own.
@@ -468,8 +543,13 @@ extern "C" fn agent(back: *mut c_void) -> *mut c_void {
     // SAFETY: `make` passed a static.
     let back: &'static Back = unsafe { &*back.cast::<Back>() };
     loop {
+        // While the program's threads look themselves, two would wake up for each completion.
+        while back.led.swap(0, Ordering::Relaxed) > 0 {
+            nap(LEADERS_NAP_NS);
+        }
+        back.reap_as(true);
         back.enter(0, 1);
-        back.reap();
+        back.reap_as(true);
         if back.closing.load(Ordering::Acquire) && back.in_flight() == 0 {
             signals::undisturbed(|| back.free());
             return core::ptr::null_mut();
@@ -477,9 +557,9 @@ extern "C" fn agent(back: *mut c_void) -> *mut c_void {
     }
 }
 
-/// Lets others go on.
-pub(super) fn nap() {
-    let time = libc::timespec { tv_sec: 0, tv_nsec: 50_000 };
+/// Lets others go on, for so many nanoseconds.
+pub(super) fn nap(ns: i64) {
+    let time = libc::timespec { tv_sec: 0, tv_nsec: ns };
     // SAFETY: reads the time there.
     unsafe { syscall!(libc::SYS_nanosleep, &raw const time, 0) };
 }

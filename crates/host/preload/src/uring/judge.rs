@@ -12,7 +12,7 @@ use super::abi::{
     OP_OPENAT, OP_OPENAT2, OP_POLL_REMOVE, OP_READ_MULTISHOT, OP_SPLICE, OP_SYNC_FILE_RANGE,
     OP_TIMEOUT, POLL_UPDATE_USER_DATA, Sqe,
 };
-use super::back::{After, nap};
+use super::back::{After, NAP_NS, nap};
 use super::files::read_fd;
 use super::submit::{Inner, PATIENCE, Way, dir_of, failure};
 use super::{FOREIGN_COMPLETIONS, Ring, injects, read, refuses};
@@ -127,11 +127,12 @@ impl Inner {
                     self.plan_of(i).after = failure(&sqe, -error as i32);
                 }
             }
-            OP_MSG_RING if sqe.addr == MSG_SEND_FD => {
-                if self.files.get(sqe.addr3 as u32).is_direct() {
-                    self.can_not(i, b"a file that is open for direct I/O, sent to another ring");
-                }
+            OP_MSG_RING
+                if sqe.addr == MSG_SEND_FD && self.files.get(sqe.addr3 as u32).is_direct() =>
+            {
+                self.can_not(i, b"a file that is open for direct I/O, sent to another ring");
             }
+            OP_MSG_RING if sqe.addr == MSG_SEND_FD => {}
             OP_MSG_RING => FOREIGN_COMPLETIONS.store(true, Ordering::Relaxed),
             OP_POLL_REMOVE if sqe.len & POLL_UPDATE_USER_DATA != 0 => self.counted = false,
             OP_LAST_KNOWN.. if sqe.opcode > OP_LAST_KNOWN => {
@@ -250,7 +251,7 @@ fn wait_behind(ring: &Ring) {
         if !ring.back.is_ready() || ring.back.in_flight() == 0 {
             return;
         }
-        nap();
+        nap(NAP_NS);
     }
 }
 

@@ -1,9 +1,8 @@
 //! A lock for the few lines in which threads share a ring.
 //!
-//! Whoever takes it has all signals blocked ([`signals::undisturbed`], or the net's handler), so
-//! that no handler of the program can find it held by the thread that it interrupted.
-//!
-//! [`signals::undisturbed`]: crate::signals::undisturbed
+//! A signal handler of the program must not find one held by the thread that it interrupted:
+//! whoever takes it is `inside` (`uring.rs`), where a handler does not get to, or has all signals
+//! blocked.
 
 use core::hint;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -28,7 +27,7 @@ impl Lock {
         self.0
             .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
-            .then_some(Held(self))
+            .then(|| Held(self))
     }
 
     pub(super) fn take(&self) -> Held<'_> {

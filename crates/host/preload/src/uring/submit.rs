@@ -18,7 +18,7 @@ use super::abi::{
     OP_READV_FIXED, OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED, SETUP_DEFER_TASKRUN,
     SQE_WORDS, Sqe,
 };
-use super::back::{After, OPERATIONS, Operation, nap};
+use super::back::{After, NAP_NS, OPERATIONS, Operation, nap};
 use super::files::Files;
 use super::map::{Map, load, memory, patch, unmap, unpatch};
 use super::seen::Seen;
@@ -170,6 +170,11 @@ impl Inner {
         }
     }
 
+    /// Whether completions can come from the ring behind alone.
+    pub(super) fn waits_behind(&self, behind: u32) -> bool {
+        self.counted && behind > 0 && self.seen.total <= behind
+    }
+
     /// Helps I/Os under way to end, and waits a little.
     fn make_progress(&mut self, ring: &Ring, args: &[usize; 6]) {
         if ring.back.reap() == 0 {
@@ -179,13 +184,13 @@ impl Inner {
                 // SAFETY: waits for nothing.
                 unsafe { syscall!(libc::SYS_io_uring_enter, args[0], 0, 0, flags, 0, 0) };
             }
-            nap();
+            nap(NAP_NS);
         }
         self.look();
     }
 
     /// Looks at completions since the last time, and gives back what is not needed any more.
-    fn look(&mut self) {
+    pub(super) fn look(&mut self) {
         let tail = self.map.cq_tail();
         if FOREIGN_COMPLETIONS.load(Ordering::Relaxed) {
             self.counted = false;
@@ -213,7 +218,7 @@ impl Inner {
             if self.seen.ios == 0 || !self.counted {
                 break;
             }
-            nap();
+            nap(NAP_NS);
         }
         self.seen.ios == 0
     }
@@ -484,7 +489,17 @@ fn on_memory(sqe: &Sqe, dir: Dir, segs: &'static [iovec]) -> Sqe {
         }
         _ => (pick(OP_READV, OP_WRITEV), segs.as_ptr() as u64, segs.len()),
     };
-    Sqe { opcode, addr, len: len as u32, buf_index: 0, ..*sqe }
+    // Member by member, and only where it differs: words that were written in parts are slow to
+    // read again as a whole.
+    let mut moved = *sqe;
+    moved.addr = addr;
+    if moved.opcode != opcode {
+        (moved.opcode, moved.buf_index) = (opcode, 0);
+    }
+    if moved.len != len as u32 {
+        moved.len = len as u32;
+    }
+    moved
 }
 
 /// The entry as one that fails with this error.
