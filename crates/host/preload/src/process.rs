@@ -21,7 +21,8 @@ thread_local! {
 #[inline]
 pub(crate) fn arm_thread() {
     ARMED.with(|armed| {
-        if !armed.get() {
+        // Initialization functions of other libraries come by before there is a session.
+        if !armed.get() && session::get().is_some() {
             armed.set(true);
             arm();
         }

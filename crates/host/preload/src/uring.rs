@@ -31,6 +31,7 @@
 //! | `uring/back.rs` | the ring behind, its agent, the messages |
 //! | `uring/seen.rs` | what is in flight, by `user_data` |
 //! | `uring/files.rs` | registered files |
+//! | `uring/shortcut.rs` | from the instruction to here without a signal |
 //! | `uring/map.rs`, `abi.rs`, `lock.rs` | the ring's memory, the kernel's numbers, a lock |
 
 mod abi;
@@ -40,6 +41,7 @@ mod judge;
 mod lock;
 mod map;
 mod seen;
+mod shortcut;
 mod submit;
 
 use core::cell::{Cell, UnsafeCell};
@@ -182,6 +184,9 @@ pub(crate) unsafe fn take(number: i64, args: &[usize; 6], caller: Caller) -> Opt
 pub(crate) unsafe fn enter(args: &[usize; 6], caller: Caller, way: Way) -> Next {
     if session::get().is_none() {
         return Next::Kernel;
+    }
+    if way == Way::Net {
+        shortcut::look_at(caller.address);
     }
     let (fd, wanted, flags) = (args[0] as i32, args[1] as u32, args[3] as u32);
     let Some(ring) = find(fd, flags & abi::ENTER_REGISTERED_RING != 0) else {

@@ -141,6 +141,7 @@ pub(super) const OFF_CQ_RING: usize = 0x800_0000;
 pub(super) const OFF_SQES: usize = 0x1000_0000;
 
 // IORING_SETUP_*.
+pub(super) const SETUP_IOPOLL: u32 = 1 << 0;
 pub(super) const SETUP_SQPOLL: u32 = 1 << 1;
 pub(super) const SETUP_CQSIZE: u32 = 1 << 3;
 pub(super) const SETUP_SUBMIT_ALL: u32 = 1 << 7;

@@ -42,7 +42,7 @@ pub(super) const OPERATIONS: usize = 4096;
 /// Completions that are taken at once.
 const BATCH: usize = 32;
 /// The same under `detect`.
-const WATCHED_BATCH: usize = 2;
+const WATCHED_BATCH: usize = 4;
 /// Where descriptors of ours begin: above what programs reach by counting.
 const HIGH: usize = 1000;
 
@@ -548,12 +548,12 @@ extern "C" fn agent(back: *mut c_void) -> *mut c_void {
             nap(LEADERS_NAP_NS);
         }
         back.reap_as(true);
-        back.enter(0, 1);
-        back.reap_as(true);
+        // Before it waits: it may just have taken what was to wake it.
         if back.closing.load(Ordering::Acquire) && back.in_flight() == 0 {
             signals::undisturbed(|| back.free());
             return core::ptr::null_mut();
         }
+        back.enter(0, 1);
     }
 }
 

@@ -7,14 +7,14 @@ use libc::iovec;
 use stableio_session::{FILES, Remark};
 
 use super::abi::{
-    BUFFER_SELECT, FILE_INDEX_ALLOC, FIXED_FILE, IO_DRAIN, MSG_SEND_FD, OP_CLOSE, OP_FADVISE,
-    OP_FALLOCATE, OP_FILES_UPDATE, OP_FSYNC, OP_LAST_KNOWN, OP_LINK_TIMEOUT, OP_MSG_RING, OP_NOP,
-    OP_OPENAT, OP_OPENAT2, OP_POLL_REMOVE, OP_READ_MULTISHOT, OP_SPLICE, OP_SYNC_FILE_RANGE,
-    OP_TIMEOUT, POLL_UPDATE_USER_DATA, Sqe,
+    BUFFER_SELECT, FILE_INDEX_ALLOC, FIXED_FILE, MSG_SEND_FD, OP_CLOSE, OP_FADVISE, OP_FALLOCATE,
+    OP_FILES_UPDATE, OP_FSYNC, OP_LAST_KNOWN, OP_LINK_TIMEOUT, OP_MSG_RING, OP_NOP, OP_OPENAT,
+    OP_OPENAT2, OP_POLL_REMOVE, OP_READ_MULTISHOT, OP_SPLICE, OP_SYNC_FILE_RANGE, OP_TIMEOUT,
+    POLL_UPDATE_USER_DATA, Sqe,
 };
-use super::back::{After, NAP_NS, nap};
+use super::back::After;
 use super::files::read_fd;
-use super::submit::{Inner, PATIENCE, Way, dir_of, failure};
+use super::submit::{Inner, Way, bytes_of, dir_of, failure};
 use super::{FOREIGN_COMPLETIONS, Ring, injects, read, refuses};
 use crate::calls;
 use crate::files::{self, File};
@@ -31,7 +31,7 @@ impl Inner {
         for i in chain.clone() {
             self.judge_one(ring, i, chain.len() > 1);
         }
-        if !chain.clone().any(|i| matches!(self.plan_of(i).way, Way::Mediate(_))) {
+        if !self.mediates(&chain) {
             return;
         }
         let can = chain.clone().all(|i| self.can_go_behind(i)) && ring.make_back().is_some();
@@ -65,9 +65,7 @@ impl Inner {
                     | OP_TIMEOUT
                     | OP_LINK_TIMEOUT
             );
-        alike
-            && !self.drains
-            && (sqe.flags & FIXED_FILE == 0 || self.files.is_mirrored(sqe.fd as u32))
+        alike && (sqe.flags & FIXED_FILE == 0 || self.files.is_mirrored(sqe.fd as u32))
     }
 
     /// An entry can not be covered: it fails, or passes.
@@ -99,10 +97,6 @@ impl Inner {
 
     fn judge_one(&mut self, ring: &'static Ring, i: u32, linked: bool) {
         let sqe = self.plan_of(i).before;
-        if sqe.flags & IO_DRAIN != 0 {
-            self.drains = true;
-            wait_behind(ring);
-        }
         if let Some(dir) = dir_of(sqe.opcode) {
             let file = self.file_of(&sqe);
             if file.is_direct() {
@@ -152,7 +146,7 @@ impl Inner {
 
     /// A transfer on a file that is open for direct I/O.
     fn judge_transfer(&mut self, i: u32, dir: Dir) {
-        let counted = self.counted;
+        let (counted, polls) = (self.counted, self.polls());
         let plan = self.plan_of(i);
         let (sqe, file) = (plan.before, plan.file);
         if file.is_uncached() {
@@ -164,6 +158,9 @@ impl Inner {
             self.can_not(i, b"direct I/O into buffers that the kernel picks");
         } else if dir == Dir::Write && !session::detects() && plan.alone && counted {
             plan.way = Way::Bounce;
+        } else if polls {
+            // The ring behind does not, so it would do what this one can not.
+            self.can_not(i, b"direct I/O by a ring that polls the device (IORING_SETUP_IOPOLL)");
         } else {
             plan.way = Way::Mediate(After::Nothing);
         }
@@ -189,7 +186,7 @@ impl Inner {
             self.plan_of(i).after.op_flags |= RWF_DONTCACHE as u32;
         } else if fd >= 0 {
             let after = After::Settle { fd, dir, offset: sqe.off as i64 };
-            file.count(dir, sqe.len as isize);
+            file.count(dir, bytes_of(&sqe));
             self.plan_of(i).way = Way::Mediate(after);
         }
     }
@@ -241,17 +238,6 @@ impl Inner {
                 b"a file that is open for direct I/O, registered where the kernel picks",
             );
         }
-    }
-}
-
-/// Waits, within limits, until nothing is under way behind.
-fn wait_behind(ring: &Ring) {
-    for _ in 0..PATIENCE {
-        ring.back.reap();
-        if !ring.back.is_ready() || ring.back.in_flight() == 0 {
-            return;
-        }
-        nap(NAP_NS);
     }
 }
 

@@ -14,9 +14,9 @@ use stableio_session::Engine;
 
 use super::abi::{
     ASYNC, CQE_F_MORE, CQE_SKIP_SUCCESS, ENTER_GETEVENTS, ENTER_REGISTERED_RING, FIXED_FILE,
-    IO_HARDLINK, IO_LINK, OP_NOP, OP_READ, OP_READ_FIXED, OP_READ_MULTISHOT, OP_READV,
+    IO_DRAIN, IO_HARDLINK, IO_LINK, OP_NOP, OP_READ, OP_READ_FIXED, OP_READ_MULTISHOT, OP_READV,
     OP_READV_FIXED, OP_WRITE, OP_WRITE_FIXED, OP_WRITEV, OP_WRITEV_FIXED, SETUP_DEFER_TASKRUN,
-    SQE_WORDS, Sqe,
+    SETUP_IOPOLL, SQE_WORDS, Sqe,
 };
 use super::back::{After, NAP_NS, OPERATIONS, Operation, nap};
 use super::files::Files;
@@ -46,10 +46,22 @@ pub(super) struct Inner {
     looked: u32,
     /// Whether what `seen` says can be relied on (URING-S2).
     pub(super) counted: bool,
-    /// Whether the program orders entries by `IOSQE_IO_DRAIN`, which the ring behind knows
-    /// nothing of.
-    pub(super) drains: bool,
+    /// Where an order by `IOSQE_IO_DRAIN`, which the ring behind knows nothing of, is kept.
+    drains: Drains,
 }
+
+/// Who sees to it that nothing overtakes an entry that asks for that.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Drains {
+    Nowhere,
+    /// The kernel, among the entries of the program's ring.
+    InKernel,
+    /// This library: the next entry waits until all have completed.
+    Here,
+}
+
+/// How often completions are waited for to keep an order, a nap each time.
+const DRAIN_PATIENCE: u32 = 20_000;
 
 /// What is done with an entry.
 pub(super) struct Plan {
@@ -90,7 +102,7 @@ impl Inner {
         plans: 0,
         looked: 0,
         counted: false,
-        drains: false,
+        drains: Drains::Nowhere,
     };
 
     /// For a ring with this memory; it is given back if there is none for the rest.
@@ -144,7 +156,7 @@ impl Inner {
             if count == 0 {
                 return (sum > 0).then_some(sum as isize);
             }
-            let planned = self.plan(ring, head, count, caller);
+            let planned = self.plan(ring, head, count, args, caller);
             if planned == 0 && self.map.sqe(head).is_none() {
                 // The kernel drops it.
                 let dropped = self.kernel_takes(args, 1);
@@ -168,6 +180,11 @@ impl Inner {
                 return Some(sum as isize);
             }
         }
+    }
+
+    /// Whether the program polls for completions of devices.
+    pub(super) fn polls(&self) -> bool {
+        self.map.flags & SETUP_IOPOLL != 0
     }
 
     /// Whether completions can come from the ring behind alone.
@@ -223,8 +240,16 @@ impl Inner {
         self.seen.ios == 0
     }
 
-    /// Plans entries from `head` on, chain by chain. How many, until memory was short.
-    fn plan(&mut self, ring: &'static Ring, head: u32, count: u32, caller: Caller) -> u32 {
+    /// Plans entries from `head` on, chain by chain. How many, until memory was short, or the rest
+    /// has to wait.
+    fn plan(
+        &mut self,
+        ring: &'static Ring,
+        head: u32,
+        count: u32,
+        args: &[usize; 6],
+        caller: Caller,
+    ) -> u32 {
         let mut planned = 0;
         while planned < count {
             let len = self.read_chain(head, planned, count);
@@ -232,14 +257,67 @@ impl Inner {
                 return planned;
             }
             let chain = planned..planned + len;
+            let drains = chain.clone().any(|i| self.plan_of(i).before.flags & IO_DRAIN != 0);
+            let alone = self.drains == Drains::Here
+                || drains && (session::detects() || ring.back.is_ready());
+            if alone && !self.waited(ring, &chain, args) {
+                self.undo(chain);
+                return planned;
+            }
             self.judge(ring, chain.clone());
-            if !self.begin(ring, chain.clone(), caller) {
+            let mediates = self.mediates(&chain);
+            if self.drains == Drains::InKernel && mediates && !self.waited(ring, &chain, args)
+                || !self.begin(ring, chain.clone(), caller)
+            {
                 self.undo(chain);
                 return planned;
             }
             planned += len;
+            if drains && alone {
+                self.drains = Drains::Here;
+                return planned;
+            }
+            if drains {
+                self.drains = Drains::InKernel;
+            }
         }
         planned
+    }
+
+    /// Whether any entry of a chain goes to the ring behind.
+    pub(super) fn mediates(&mut self, chain: &Range<u32>) -> bool {
+        chain.clone().any(|i| matches!(self.plan_of(i).way, Way::Mediate(_)))
+    }
+
+    /// Waits, within limits, until all that was submitted before a chain has completed. False, at
+    /// once, if something is planned before it: that is to be submitted first.
+    ///
+    /// `IOSQE_IO_DRAIN` orders entries of one ring; where some of them go to the ring behind, the
+    /// order is kept by waiting here, before and after the entry that asks for it.
+    fn waited(&mut self, ring: &Ring, chain: &Range<u32>, args: &[usize; 6]) -> bool {
+        if chain.start > 0 {
+            return false;
+        }
+        let own = chain.clone().filter(|i| {
+            let flags = self.plan_of(*i).before.flags;
+            flags & CQE_SKIP_SUCCESS == 0
+        });
+        let own = own.count() as u32;
+        for _ in 0..DRAIN_PATIENCE {
+            self.look();
+            if ring.back.in_flight() == 0 && (self.seen.total <= own || !self.counted) {
+                for i in chain.clone() {
+                    // A ring that has had silent entries refuses the flag.
+                    self.plan_of(i).after.flags &= !IO_DRAIN;
+                }
+                self.drains = Drains::Nowhere;
+                return true;
+            }
+            self.make_progress(ring, args);
+        }
+        // What is under way is no file I/O, and may take for ever. The kernel says what it thinks.
+        self.drains = Drains::Nowhere;
+        true
     }
 
     /// Reads the entries of a chain (URING-A), and takes note of them. How many: 0 where an index
@@ -281,8 +359,9 @@ impl Inner {
     /// Begins the I/Os of a chain. False, with nothing begun that the plans do not say, if memory
     /// is short.
     fn begin(&mut self, ring: &'static Ring, chain: Range<u32>, caller: Caller) -> bool {
-        let mediated = chain.clone().any(|i| matches!(self.plan_of(i).way, Way::Mediate(_)));
-        if mediated && !ring.back.has_room(OPERATIONS.min(self.map.sq_entries as usize)) {
+        if self.mediates(&chain)
+            && !ring.back.has_room(OPERATIONS.min(self.map.sq_entries as usize))
+        {
             return false;
         }
         chain.clone().all(|i| self.begin_one(i, caller))
@@ -290,7 +369,8 @@ impl Inner {
 
     fn begin_one(&mut self, i: u32, caller: Caller) -> bool {
         let plan = self.plan_of(i);
-        let (before, file) = (plan.before, plan.file);
+        // As it is to be so far: a flag may have been taken off.
+        let (before, file) = (plan.after, plan.file);
         let after = match plan.way {
             Way::Bounce => None,
             Way::Mediate(after) => Some(after),
@@ -298,7 +378,8 @@ impl Inner {
         };
         let transfer = dir_of(before.opcode).filter(|dir| io::concerns(file, *dir));
         let Some(dir) = transfer.filter(|_| !file.is_uncached()) else {
-            self.put_behind(i, before, None, after.unwrap_or(After::Nothing));
+            let sqe = dir_of(before.opcode).map_or(before, |dir| unregistered(&before, dir));
+            self.put_behind(i, sqe, None, after.unwrap_or(After::Nothing));
             return true;
         };
         match begin_io(&before, dir, file, caller) {
@@ -385,7 +466,7 @@ impl Inner {
             Way::InPlace(io) => self.seen.attach(before.user_data, io),
             Way::Counted(dir) => {
                 // Its result is not seen; what is wrong with it the program learns.
-                file.count(dir, before.len as isize);
+                file.count(dir, bytes_of(&before));
             }
             Way::Update => {
                 let (first, count) = (before.off as u32, before.len);
@@ -432,6 +513,16 @@ pub(super) fn dir_of(opcode: u8) -> Option<Dir> {
 
 fn is_vector(opcode: u8) -> bool {
     matches!(opcode, OP_READV | OP_WRITEV | OP_READV_FIXED | OP_WRITEV_FIXED)
+}
+
+/// Bytes that a transfer is about.
+pub(super) fn bytes_of(sqe: &Sqe) -> isize {
+    if !is_vector(sqe.opcode) {
+        return sqe.len as isize;
+    }
+    sync::with_vector(sqe.addr as *const iovec, sqe.len as usize, |segs| {
+        segs.iter().fold(0isize, |sum, seg| sum.saturating_add(seg.iov_len as isize))
+    })
 }
 
 /// Begins the I/O that an entry asks for.
