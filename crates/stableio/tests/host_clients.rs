@@ -330,7 +330,7 @@ fn uncached_data_is_not_kept() -> io::Result<()> {
             assert!(began.elapsed() < Duration::from_secs(30), "{} bytes are kept", cached()?);
             std::thread::sleep(Duration::from_millis(50));
         }
-        run_tool(&dd, &args[..3].iter().chain(&[of.as_str()]).collect::<Vec<_>>())?;
+        run_tool(&dd, args[..3].iter().chain(&[of.as_str()]))?;
         assert!(cached()? > 0, "the twin");
     }
     Ok(())
