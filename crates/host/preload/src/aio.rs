@@ -10,15 +10,15 @@
 //!                                               └── agent: finish ──> visible ring, eventfd
 //! ```
 //!
-//! - **AIO-A** An iocb is read once, and so is its vector; what the kernel gets is ours.
-//! - **AIO-B** An event is finished ([`crate::io::Io::end`]) before the program can know of it:
+//! - **AIO-1** An iocb is read once, and so is its vector; what the kernel gets is ours.
+//! - **AIO-2** An event is finished ([`crate::io::Io::end`]) before the program can know of it:
 //!   before its memory is read by the program (a private read) or may be written again (`detect`).
-//! - **AIO-C** An event lies in the visible ring before the tail says so, and before its eventfd is
+//! - **AIO-3** An event lies in the visible ring before the tail says so, and before its eventfd is
 //!   told.
-//! - **AIO-D** No event is published while somebody waits for it elsewhere (`reap`).
-//! - **AIO-E** H lives as long as anybody holds its context: its address is never another's while
+//! - **AIO-4** No event is published while somebody waits for it elsewhere (`reap`).
+//! - **AIO-5** H lives as long as anybody holds its context: its address is never another's while
 //!   it may still be used (`context`).
-//! - **AIO-F** Nothing that the program can write to is trusted with memory safety: neither the
+//! - **AIO-6** Nothing that the program can write to is trusted with memory safety: neither the
 //!   visible ring's numbers nor what comes with a call.
 //!
 //! A context that is none of ours is the kernel's business.
@@ -124,7 +124,7 @@ fn destroy(context: &context::Held) -> isize {
     while context.has_cares() {
         reap::discard(context);
     }
-    // AIO-E: the last one of us takes it down.
+    // AIO-5: the last one of us takes it down.
     for _ in 0..PATIENCE {
         if context.holders() == 1 {
             break;

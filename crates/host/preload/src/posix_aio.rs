@@ -9,12 +9,12 @@
 //!  aio_error(cb), aio_return(cb), aio_suspend, lio_listio ── the shadow's answer ── end
 //! ```
 //!
-//! - **PAIO-A** A control block is read once; the C library gets ours.
-//! - **PAIO-B** An I/O is ended ([`Io::end`]) before the program is told that it is complete, once.
-//! - **PAIO-C** The program asks in signal handlers, too: nothing here waits for a thread that a
+//! - **PAIO-1** A control block is read once; the C library gets ours.
+//! - **PAIO-2** An I/O is ended ([`Io::end`]) before the program is told that it is complete, once.
+//! - **PAIO-3** The program asks in signal handlers, too: nothing here waits for a thread that a
 //!   handler may have interrupted. Who ends an I/O is not interrupted; others hear "in progress"
 //!   until it is done.
-//! - **PAIO-D** A shadow is the C library's until it says that it is complete. When the program asks
+//! - **PAIO-4** A shadow is the C library's until it says that it is complete. When the program asks
 //!   and hears so, the outcome goes to its control block, where the C library has it, and the shadow
 //!   is free: nothing depends on `aio_return` being called.
 
@@ -191,7 +191,7 @@ macro_rules! submit {
                 Way::By(shadow) => shadow.block(),
                 Way::Fails(error) => return fail(error),
             };
-            // SAFETY: the program's own call, or one with a control block that stays (PAIO-D).
+            // SAFETY: the program's own call, or one with a control block that stays (PAIO-4).
             let result = unsafe { real!($real as fn(*mut aiocb) -> c_int)(next) };
             if let Way::By(shadow) = way && result != 0 {
                 shadow.not_taken();
@@ -217,7 +217,7 @@ unsafe extern "C" fn on_list(
     // SAFETY: the hook passed its stack pointer.
     let caller = unsafe { caller(stack) };
     let next = |list: *const *mut aiocb| {
-        // SAFETY: the program's own call, or one with control blocks that stay (PAIO-D).
+        // SAFETY: the program's own call, or one with control blocks that stay (PAIO-4).
         unsafe {
             real!(c"lio_listio64" as fn(c_int, *const *mut aiocb, c_int, *mut sigevent) -> c_int)(
                 mode, list, count, event,

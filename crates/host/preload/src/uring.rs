@@ -12,13 +12,13 @@
 //! | write that can not be told from others by its `user_data` | mediated |
 //! | any of these in a chain with a mediated one | mediated |
 //!
-//! - **URING-A** Each entry is read once, before the kernel reads it; what is decided is about what
+//! - **URING-1** Each entry is read once, before the kernel reads it; what is decided is about what
 //!   was read, and the kernel gets that.
-//! - **URING-B** After the call an entry is what it was before: programs may submit it again as it
+//! - **URING-2** After the call an entry is what it was before: programs may submit it again as it
 //!   lies there.
-//! - **URING-C** The copy of an in-place write is given back after its completion was seen in the
-//!   ring's memory, never on a guess (`seen`, URING-S1).
-//! - **URING-D** A ring that nothing is known of submits nothing for a protected program.
+//! - **URING-3** The copy of an in-place write is given back after its completion was seen in the
+//!   ring's memory, never on a guess (`seen`, SEEN-1).
+//! - **URING-4** A ring that nothing is known of submits nothing for a protected program.
 //!
 //! A [`Ring`] belongs to the descriptors that mean it (`files` counts them), and to the threads
 //! that registered it. Its `lock` is held while entries are looked at and submitted, never while
@@ -107,7 +107,7 @@ static TABLE: [Ring; RINGS] = [const {
     }
 }; RINGS];
 
-/// Whether rings get completions that no entry of theirs asked for (URING-S2).
+/// Whether rings get completions that no entry of theirs asked for (SEEN-2).
 static FOREIGN_COMPLETIONS: AtomicBool = AtomicBool::new(false);
 /// Whether there ever was a ring.
 static ANY: AtomicBool = AtomicBool::new(false);

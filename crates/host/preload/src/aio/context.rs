@@ -328,7 +328,7 @@ impl Context {
         unsafe { &*(self.mapping.load(Ordering::Relaxed) as *const Ring) }
     }
 
-    /// Room of the visible ring. Not as the program may have overwritten it (AIO-F).
+    /// Room of the visible ring. Not as the program may have overwritten it (AIO-6).
     fn nr(&self) -> u32 {
         self.nr.load(Ordering::Relaxed)
     }
@@ -373,7 +373,7 @@ impl Context {
                 unsafe { self.events().add(tail as usize).write_volatile(*event) };
                 tail = self.place(tail + 1);
             }
-            // AIO-C: the events before the tail that says that they are there.
+            // AIO-3: the events before the tail that says that they are there.
             ring.tail.store(tail, Ordering::Release);
         });
     }

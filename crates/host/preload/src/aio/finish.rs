@@ -78,7 +78,7 @@ impl Kind {
 /// `data` of an event that is nobody's: it wakes those who wait.
 pub(super) const KICK: u64 = u64::MAX;
 
-/// Ends what the kernel's event is about (AIO-B). Returns the program's event, and its eventfd or -1.
+/// Ends what the kernel's event is about (AIO-2). Returns the program's event, and its eventfd or -1.
 /// `None`: there is none for the program.
 pub(super) fn finish(context: &Context, event: &Event) -> Option<(Event, i32)> {
     let what = retire(context, event.data)?;

@@ -4,7 +4,7 @@
 //! `io_getevents` it is in, or publishes them. A thread that waits in `io_getevents` waits on H; so
 //! what is published meanwhile could miss it. Therefore:
 //!
-//! - **AIO-D** A waiter counts itself, then looks at the visible ring, then waits. A publisher
+//! - **AIO-4** A waiter counts itself, then looks at the visible ring, then waits. A publisher
 //!   publishes, then looks for waiters; if there are any it *kicks*: I/Os of no length make H have
 //!   events, which wake them, and belong to nobody. Who takes such an event and is no waiter, or
 //!   leaves others waiting, kicks again.
@@ -91,7 +91,7 @@ pub(super) fn get_events(context: &Held, want: &Want) -> isize {
     if got > 0 { got as isize } else { error }
 }
 
-/// Waits for events on H, as one of its waiters (AIO-D).
+/// Waits for events on H, as one of its waiters (AIO-4).
 fn wait(
     context: &Context,
     min: usize,
@@ -144,7 +144,7 @@ pub(super) fn drain(context: &Context, waits: bool) -> isize {
     0
 }
 
-/// Kicks those who wait, if there are any: something was published, or a kick was taken (AIO-D).
+/// Kicks those who wait, if there are any: something was published, or a kick was taken (AIO-4).
 fn wake_waiters(context: &Context) -> bool {
     fence(Ordering::SeqCst);
     let any = context.waiters.load(Ordering::SeqCst) > 0;

@@ -89,7 +89,7 @@ impl Batch<'_> {
     fn add(&mut self, at: usize, alone: bool) -> Result<(), isize> {
         let again = -(libc::EAGAIN as isize);
         let obj: u64 = read(at)?;
-        // AIO-A: this is the only look at it.
+        // AIO-1: this is the only look at it.
         let iocb: Iocb = read(obj as usize)?;
         // The kernel does this, too; it costs nothing where nothing changes.
         if iocb.key != KIOCB_KEY {

@@ -229,7 +229,7 @@ impl Found {
         self.is(DONE)
     }
 
-    /// Ends it (PAIO-B), unless somebody else does. Not to be interrupted (PAIO-C).
+    /// Ends it (PAIO-2), unless somebody else does. Not to be interrupted (PAIO-3).
     fn end(self, error: c_int) {
         signals::undisturbed(|| {
             if !self.goes(IN_FLIGHT, ENDING) {

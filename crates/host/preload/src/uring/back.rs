@@ -8,13 +8,13 @@
 //! Completions are taken by whoever looks first: the agent, a thread of ours that waits for them,
 //! or a thread of the program that is about to submit or to wait.
 //!
-//! - **URING-B1** A completion is posted to the program once, and after `end` has looked at it.
-//! - **URING-B2** Under `sq`: the queue's tail, `free` and the operations that are in it. Under
+//! - **BACK-1** A completion is posted to the program once, and after `end` has looked at it.
+//! - **BACK-2** Under `sq`: the queue's tail, `free` and the operations that are in it. Under
 //!   `cq`: the queue's head. Nothing waits for an I/O while it holds either.
-//! - **URING-B4** The agent takes nothing while somebody else is about to wait for it: the other
+//! - **BACK-4** The agent takes nothing while somebody else is about to wait for it: the other
 //!   would wait for what has come. (That a second thread of the program takes it, the other's
 //!   patience makes good.)
-//! - **URING-B3** The place of an operation is used again as late as can be: its message to the
+//! - **BACK-3** The place of an operation is used again as late as can be: its message to the
 //!   program can be repeated if the kernel had no memory for it.
 
 use core::cell::UnsafeCell;
@@ -249,7 +249,7 @@ impl Back {
     /// Whether so many operations can be submitted.
     pub(super) fn has_room(&self, count: usize) -> bool {
         let _held = self.sq.take();
-        // SAFETY: under `sq` (URING-B2).
+        // SAFETY: under `sq` (BACK-2).
         let queue = unsafe { &*self.queue.get() };
         queue.free_tail.wrapping_sub(queue.free_head) as usize >= count
     }
@@ -258,7 +258,7 @@ impl Back {
     /// ring, under which all come here). Each entry's `user_data` is set here.
     pub(super) fn submit<'a>(&self, operations: impl Iterator<Item = (Sqe, Operation)> + 'a) {
         let _held = self.sq.take();
-        // SAFETY: under `sq` (URING-B2).
+        // SAFETY: under `sq` (BACK-2).
         let queue = unsafe { &mut *self.queue.get() };
         let (mut waiting, mut linked) = (0, false);
         for (mut sqe, operation) in operations {
@@ -301,7 +301,7 @@ impl Back {
     /// Waits for a completion in the agent's place, on a thread that would have to wait for the
     /// agent to pass it on. The kernel's result; `None`: there is nothing to wait for, any more.
     pub(super) fn lead(&self, mask: u64, mask_len: u32) -> Option<isize> {
-        // Before it looks: from now on the agent takes nothing (URING-B4).
+        // Before it looks: from now on the agent takes nothing (BACK-4).
         self.replaces_agent();
         let map = self.map();
         {
@@ -375,7 +375,7 @@ impl Back {
         count
     }
 
-    /// Ends the I/O of a completed operation (URING-B1).
+    /// Ends the I/O of a completed operation (BACK-1).
     fn finish(&self, cqe: &mut Cqe) {
         if cqe.user_data & MESSAGE != 0 {
             return;
@@ -397,7 +397,7 @@ impl Back {
     /// Sends the program the results.
     fn post(&self, batch: &[Cqe]) {
         let _held = self.sq.take();
-        // SAFETY: under `sq` (URING-B2).
+        // SAFETY: under `sq` (BACK-2).
         let queue = unsafe { &mut *self.queue.get() };
         let (mut waiting, mut ended) = (0, 0);
         for cqe in batch {
@@ -467,7 +467,7 @@ impl Back {
         // being used here.
         let _held = self.sq.take();
         self.closing.store(true, Ordering::Release);
-        // SAFETY: under `sq` (URING-B2).
+        // SAFETY: under `sq` (BACK-2).
         let queue = unsafe { &mut *self.queue.get() };
         queue.push(&Sqe { opcode: OP_NOP, user_data: WAKE, ..Sqe::ZERO });
         self.flush(1);

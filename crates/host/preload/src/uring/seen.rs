@@ -1,9 +1,9 @@
 //! What of a ring is in flight, by `user_data`: so we know when the kernel is done with a copy
 //! whose completion goes to the program directly.
 //!
-//! - **URING-S1** An I/O's memory is given back only when as many completions of its `user_data`
+//! - **SEEN-1** An I/O's memory is given back only when as many completions of its `user_data`
 //!   were seen as entries with it were submitted: one of another operation can not be taken for it.
-//! - **URING-S2** Where completions may have been missed, or may come from elsewhere, nothing is
+//! - **SEEN-2** Where completions may have been missed, or may come from elsewhere, nothing is
 //!   concluded any more: what is in flight then keeps its memory, and new I/Os are mediated.
 
 use super::map::{memory, unmap};

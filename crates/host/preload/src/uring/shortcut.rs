@@ -13,11 +13,11 @@
 //! becomes a jump of the same five bytes. Whoever goes to one of the others meets them as they were,
 //! and the net.
 //!
-//! - **URING-C1** Only one whole instruction is replaced, and in one store inside of a cache line:
+//! - **JUMP-1** Only one whole instruction is replaced, and in one store inside of a cache line:
 //!   a thread that comes by executes the old one or the new one, and both are right.
-//! - **URING-C2** The interrupted code gets back what a system call leaves alone: all registers but
+//! - **JUMP-2** The interrupted code gets back what a system call leaves alone: all registers but
 //!   rax, rcx and r11, the flags, vectors, and the 128 bytes below its stack.
-//! - **URING-C3** Where anything is unusual, everything stays as it is.
+//! - **JUMP-3** Where anything is unusual, everything stays as it is.
 
 use core::arch::{asm, naked_asm, x86_64};
 use core::ptr;
@@ -173,7 +173,7 @@ fn page_near(at: usize) -> Option<usize> {
     })
 }
 
-/// Replaces the five bytes at an address, in one store (URING-C1).
+/// Replaces the five bytes at an address, in one store (JUMP-1).
 fn write_code(at: usize, bytes: [u8; 5]) -> Option<()> {
     const LINE: usize = 64;
     // A window of eight bytes with the five in it, inside of a cache line: x86 stores that at once.

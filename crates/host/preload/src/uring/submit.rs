@@ -44,7 +44,7 @@ pub(super) struct Inner {
     plans: usize,
     /// Up to where completions were looked at.
     looked: u32,
-    /// Whether what `seen` says can be relied on (URING-S2).
+    /// Whether what `seen` says can be relied on (SEEN-2).
     pub(super) counted: bool,
     /// Where an order by `IOSQE_IO_DRAIN`, which the ring behind knows nothing of, is kept.
     drains: Drains,
@@ -320,7 +320,7 @@ impl Inner {
         true
     }
 
-    /// Reads the entries of a chain (URING-A), and takes note of them. How many: 0 where an index
+    /// Reads the entries of a chain (URING-1), and takes note of them. How many: 0 where an index
     /// is none.
     fn read_chain(&mut self, head: u32, first: u32, count: u32) -> u32 {
         let mut i = first;
