@@ -16,7 +16,9 @@ const TOP: i32 = 78;
 const BOTTOM: i32 = 48;
 /// Where bars begin, and how long one of ratio 1 is.
 const LEFT: i32 = 250;
-const UNIT: i32 = 480;
+const UNIT: i32 = 460;
+/// Where figures end.
+const FIGURES: i32 = 880;
 const INK: RGBColor = RGBColor(40, 40, 40);
 const GRID: RGBColor = RGBColor(205, 205, 205);
 /// Told apart also by those who do not see red and green.
@@ -54,10 +56,11 @@ pub(crate) fn draw(path: &Path, header: &Header, rows: &[Row]) -> anyhow::Result
         for (i, (row, ratio)) in rows.iter().enumerate() {
             let y = TOP + ROW * i32::try_from(i)? + ROW / 2;
             write(row.name, (LEFT - 10, y), text(15, INK, HPos::Right))?;
-            let end = LEFT + (f64::from(UNIT) * ratio.min(1.25)) as i32;
+            let end = LEFT + (f64::from(UNIT) * ratio.min(1.2)) as i32;
             let bar = Rectangle::new([(LEFT, y - 8), (end, y + 8)], BLUE.filled());
             area.draw(&bar).map_err(failed)?;
-            write(&format!("{ratio:.2}"), (end.max(LEFT) + 8, y), text(14, INK, HPos::Left))?;
+            // In a column of their own, where neither bars nor marks are.
+            write(&format!("{ratio:.2}"), (FIGURES, y), text(14, INK, HPos::Right))?;
             if let Some(target) = row.target {
                 let x = LEFT + (f64::from(UNIT) * target) as i32;
                 let mark = PathElement::new([(x, y - 11), (x, y + 11)], ORANGE.stroke_width(3));

@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use stableio_host::{Error, FileUse, Launch, Outcome, Policy, RemarkCount, replace};
 use stableio_mem::Bytes;
-use stableio_session::Effect;
+use stableio_session::{Effect, POOL_LEAST};
 
 use crate::table;
 
@@ -19,7 +19,7 @@ pub(crate) struct RunArgs {
     /// Let through what can not be protected, and count it, instead of refusing it
     #[arg(long)]
     best_effort: bool,
-    /// Memory that each process may use for copies
+    /// Memory that each process may use for copies, 64MiB at least
     #[arg(long, default_value = "256MiB")]
     pool: Bytes,
     /// Say at the end what was done, file by file
@@ -52,6 +52,9 @@ pub(crate) fn run(args: RunArgs) -> Result<ExitCode> {
         PolicyArg::Refuse => Policy::Refuse,
         PolicyArg::Off => return Ok(failed(replace(&args.command))),
     };
+    if args.pool.0 < POOL_LEAST {
+        bail!("--pool is at least {}: the largest copy must find room", Bytes(POOL_LEAST));
+    }
     let launch = Launch {
         policy,
         best_effort: args.best_effort,

@@ -174,6 +174,25 @@ fn what_can_not_be_executed_is_said_in_a_line_with_a_shells_code() -> io::Result
 }
 
 #[test]
+fn a_wrong_command_line_is_said_before_anything_runs() -> io::Result<()> {
+    let scratch = Scratch::new()?;
+    let cases: [(&[&str], i32, &str); 5] = [
+        (&["run"], 2, "COMMAND"),
+        (&["detect"], 2, "COMMAND"),
+        (&["run", "--policy", "some", "--", "true"], 2, "bounce"),
+        (&["run", "--pool", "1MiB", "--", "true"], 1, "64 MiB"),
+        (&["detect", "--error-exitcode", "256", "--", "true"], 2, "256"),
+    ];
+    for (args, code, says) in cases {
+        let ended = run_stableio(&scratch, args)?;
+        assert_eq!(ended.status.code(), Some(code), "{args:?}: {ended:?}");
+        assert!(ended.stderr.contains(says), "{args:?}: {ended:?}");
+        assert_eq!(ended.stdout, "", "{args:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_program_gets_the_library_before_what_the_user_preloads() -> io::Result<()> {
     let scratch = Scratch::new()?;
     let mut command = stableio(&scratch)?;

@@ -12,12 +12,15 @@
 use core::ptr;
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
+use stableio_session::POOL_LEAST;
+
 use crate::gate::syscall;
 
 /// Alignment and smallest size of a slot.
 pub(crate) const PAGE: usize = 4096;
 /// The largest slot.
 pub(crate) const LARGEST: usize = PAGE << (SIZES - 1);
+const _: () = assert!(LARGEST as u64 == POOL_LEAST, "it fits the smallest pool");
 
 const SIZES: usize = 15;
 /// Most pages that a region has: 16 GiB.

@@ -45,6 +45,9 @@ pub const ASK: &core::ffi::CStr = c"ask";
 /// First bytes of [`Session`]: "stableio", and the version of the layout.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"stblio01");
 
+/// Least private memory of a process: its largest copy must find room.
+pub const POOL_LEAST: u64 = 64 << 20;
+
 /// Files that a session tells apart; a power of two.
 pub const FILES: usize = 1024;
 
