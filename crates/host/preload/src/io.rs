@@ -22,7 +22,7 @@
 
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
-use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use libc::iovec;
 use stableio_onepass as onepass;
@@ -30,6 +30,7 @@ use stableio_session::{Effect, Engine, Remark};
 
 use crate::ask;
 use crate::files::File;
+use crate::free::Free;
 use crate::pool::{PAGE, Slot};
 use crate::session;
 use crate::site::{Caller, Site};
@@ -136,8 +137,7 @@ impl Record {
 }
 
 static RECORDS: [Record; MOST] = [const { Record::NEW }; MOST];
-/// Number plus one of the first free record, and a count against ABA.
-static FREE: AtomicU64 = AtomicU64::new(0);
+static FREE: Free = Free::new();
 /// Records that were ever used: the others are free, and in no list.
 static USED: AtomicUsize = AtomicUsize::new(0);
 
@@ -147,33 +147,17 @@ pub(crate) fn records() -> &'static [Record] {
 }
 
 fn take_record() -> Option<u32> {
-    let mut seen = FREE.load(Ordering::Acquire);
-    while let Some(index) = (seen as u32).checked_sub(1) {
-        let next = RECORDS[index as usize].next.load(Ordering::Relaxed);
-        let new = ((seen >> 32) + 1) << 32 | u64::from(next);
-        match FREE.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => return Some(index),
-            Err(now) => seen = now,
-        }
-    }
-    let fresh = USED.fetch_update(Ordering::AcqRel, Ordering::Acquire, |used| {
-        Some(used + 1).filter(|used| *used <= MOST)
-    });
-    fresh.ok().map(|index| index as u32)
+    FREE.take(|index| Some(&RECORDS.get(index as usize)?.next)).or_else(|| {
+        let fresh = |used| Some(used + 1).filter(|used| *used <= MOST);
+        let index = USED.fetch_update(Ordering::AcqRel, Ordering::Acquire, fresh);
+        index.ok().map(|index| index as u32)
+    })
 }
 
 fn give_record(index: u32) {
     let record = &RECORDS[index as usize];
     record.in_flight.store(0, Ordering::Release);
-    let mut seen = FREE.load(Ordering::Acquire);
-    loop {
-        record.next.store(seen as u32, Ordering::Relaxed);
-        let new = ((seen >> 32) + 1) << 32 | u64::from(index + 1);
-        match FREE.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => return,
-            Err(now) => seen = now,
-        }
-    }
+    FREE.give(index, &record.next);
 }
 
 /// A forked child has none of its parent's I/Os under way.
@@ -181,7 +165,7 @@ pub(crate) fn after_fork() {
     for record in records() {
         record.in_flight.store(0, Ordering::Relaxed);
     }
-    FREE.store(0, Ordering::Relaxed);
+    FREE.clear();
     USED.store(0, Ordering::Relaxed);
 }
 

@@ -30,6 +30,7 @@ mod aio;
 mod ask;
 mod calls;
 mod files;
+mod free;
 mod gate;
 mod io;
 mod names;

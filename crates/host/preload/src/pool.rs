@@ -10,10 +10,11 @@
 //!   copy pages under I/O), and the child makes its own region ([`after_fork`]).
 
 use core::ptr;
-use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use stableio_session::POOL_LEAST;
 
+use crate::free::Free;
 use crate::gate::syscall;
 
 /// Alignment and smallest size of a slot.
@@ -65,16 +66,15 @@ struct Pool {
     pages: AtomicUsize,
     /// Pages that have been cut off.
     cut: AtomicUsize,
-    /// Of each size: the number plus one of the first page of the first free slot, and above it a
-    /// count that makes each value different (against ABA).
-    free: [AtomicU64; SIZES],
+    /// Of each size: the first pages of its free slots.
+    free: [Free; SIZES],
 }
 
 static POOL: Pool = Pool {
     base: AtomicUsize::new(0),
     pages: AtomicUsize::new(0),
     cut: AtomicUsize::new(0),
-    free: [const { AtomicU64::new(0) }; SIZES],
+    free: [const { Free::new() }; SIZES],
 };
 
 /// For each page that begins a free slot: the next free slot of its size. Not in the slots
@@ -90,34 +90,14 @@ impl Pool {
     }
 
     fn pop(&self, size: usize) -> Option<Slot> {
-        let head = &self.free[size];
-        let mut seen = head.load(Ordering::Acquire);
-        loop {
-            let page = (seen as u32).checked_sub(1)?;
-            let next = self.next_of(page).load(Ordering::Relaxed);
-            let new = ((seen >> 32) + 1) << 32 | u64::from(next);
-            match head.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => {
-                    let start = self.base.load(Ordering::Relaxed) + page as usize * PAGE;
-                    return Some(Slot { start, size: size as u8 });
-                }
-                Err(now) => seen = now,
-            }
-        }
+        let page = self.free[size].take(|page| Some(self.next_of(page)))?;
+        let start = self.base.load(Ordering::Relaxed) + page as usize * PAGE;
+        Some(Slot { start, size: size as u8 })
     }
 
     fn push(&self, slot: Slot) {
         let page = ((slot.start - self.base.load(Ordering::Relaxed)) / PAGE) as u32;
-        let head = &self.free[usize::from(slot.size)];
-        let mut seen = head.load(Ordering::Acquire);
-        loop {
-            self.next_of(page).store(seen as u32, Ordering::Relaxed);
-            let new = ((seen >> 32) + 1) << 32 | u64::from(page + 1);
-            match head.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return,
-                Err(now) => seen = now,
-            }
-        }
+        self.free[usize::from(slot.size)].give(page, self.next_of(page));
     }
 
     fn cut(&self, size: usize) -> Option<Slot> {
@@ -145,9 +125,7 @@ pub(crate) fn reserve(bytes: u64) -> bool {
     NEXT.store(next, Ordering::Relaxed);
     POOL.base.store(base, Ordering::Relaxed);
     POOL.cut.store(0, Ordering::Relaxed);
-    for head in &POOL.free {
-        head.store(0, Ordering::Relaxed);
-    }
+    POOL.free.iter().for_each(Free::clear);
     POOL.pages.store(pages, Ordering::Release);
     true
 }

@@ -23,6 +23,7 @@ use super::abi::{
     AIO_RING_COMPAT_FEATURES, AIO_RING_INCOMPAT_FEATURES, AIO_RING_MAGIC, Event, Iocb, Ring,
 };
 use super::finish::{Shadow, What};
+use crate::free::Free;
 use crate::gate::syscall;
 use crate::pool::PAGE;
 use crate::process;
@@ -48,8 +49,8 @@ pub(super) struct Context {
     nr: AtomicU32,
     /// Shadows that were ever used.
     used: AtomicU32,
-    /// Number plus one of the first free shadow, and a count against ABA.
-    free: AtomicU64,
+    /// Shadows that were used and are free.
+    free: Free,
     /// I/Os that the program submitted and has not got events of, but for those in the ring.
     pub(super) in_flight: AtomicU32,
     /// Those of them that need nothing when they end.
@@ -206,7 +207,7 @@ pub(super) fn make(kernel: usize) -> Option<usize> {
     context.bytes.store(bytes, Ordering::Relaxed);
     context.shadows.store(shadows, Ordering::Relaxed);
     context.nr.store(nr, Ordering::Relaxed);
-    context.free.store(0, Ordering::Relaxed);
+    context.free.clear();
     for counter in [
         &context.used,
         &context.in_flight,
@@ -253,7 +254,7 @@ impl Context {
         shadows: AtomicU32::new(0),
         nr: AtomicU32::new(0),
         used: AtomicU32::new(0),
-        free: AtomicU64::new(0),
+        free: Free::new(),
         in_flight: AtomicU32::new(0),
         carefree: AtomicU32::new(0),
         waiters: AtomicU32::new(0),
@@ -461,30 +462,17 @@ impl Context {
     /// Takes a free shadow; `None` if there is none. Memory that was never used is zeros, which is a
     /// shadow that is free.
     pub(super) fn take_shadow(&self) -> Option<u32> {
-        let mut seen = self.free.load(Ordering::Acquire);
-        while let Some(index) = (seen as u32).checked_sub(1) {
-            let next = self.shadow(u64::from(index))?.next.load(Ordering::Relaxed);
-            let new = ((seen >> 32) + 1) << 32 | u64::from(next);
-            match self.free.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(index),
-                Err(now) => seen = now,
-            }
-        }
-        let fresh = |used| Some(used + 1).filter(|used| *used <= self.shadows());
-        self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fresh).ok()
+        let next = |index| Some(&self.shadow(u64::from(index))?.next);
+        self.free.take(next).or_else(|| {
+            let fresh = |used| Some(used + 1).filter(|used| *used <= self.shadows());
+            self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fresh).ok()
+        })
     }
 
     /// Gives it back.
     pub(super) fn give_shadow(&self, index: u32) {
-        let Some(shadow) = self.shadow(u64::from(index)) else { return };
-        let mut seen = self.free.load(Ordering::Acquire);
-        loop {
-            shadow.next.store(seen as u32, Ordering::Relaxed);
-            let new = ((seen >> 32) + 1) << 32 | u64::from(index + 1);
-            match self.free.compare_exchange_weak(seen, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return,
-                Err(now) => seen = now,
-            }
+        if let Some(shadow) = self.shadow(u64::from(index)) {
+            self.free.give(index, &shadow.next);
         }
     }
 
