@@ -180,7 +180,10 @@ fn qemu_img_bench() -> io::Result<()> {
                 "90",
                 utf8(&image),
             ];
-            run(&scratch, policy, Path::new("qemu-img"), &args)?;
+            let ended = run(&scratch, policy, Path::new("qemu-img"), &args)?;
+            // Each write was seen, and went from private memory.
+            let bounced = ended.stderr.contains(" 4000/");
+            assert!(bounced || policy == "uncached", "{policy} {aio}: {}", ended.stderr);
             // Without help, through the page cache: the pattern is all there.
             let stored = std::fs::read(&image)?;
             let wrong = stored[..4000 * 4096].iter().position(|byte| *byte != 90);
