@@ -49,60 +49,51 @@ struct Load {
     target: Option<f64>,
 }
 
-/// The rows of an engine, under `bounce` and `detect`, with their targets.
-macro_rules! on_tmpfs {
-    ($($engine:expr => [$($bounce:literal)+], [$($detect:literal)+];)+) => {
-        [$(
-            [$($bounce),+].map(|name| (name, Under::Bounce, $engine)),
-            [$($detect),+].map(|name| (name, Under::Detect, $engine)),
-        )+]
-    };
+const fn load(
+    name: &'static str,
+    engine: Engine,
+    under: Under,
+    block: &'static str,
+    target: Option<f64>,
+) -> Load {
+    Load { name, engine, under, block, target }
 }
 
-/// In the order of the names.
-const BLOCKS: [&str; 3] = ["4k", "64k", "1m"];
-
-fn loads_on_tmpfs() -> Vec<Load> {
-    let rows = on_tmpfs! {
-        PSYNC => ["psync-bounce-4k" "psync-bounce-64k" "psync-bounce-1m"],
-            ["psync-detect-4k" "psync-detect-64k" "psync-detect-1m"];
-        LIBAIO => ["libaio-bounce-4k" "libaio-bounce-64k" "libaio-bounce-1m"],
-            ["libaio-detect-4k" "libaio-detect-64k" "libaio-detect-1m"];
-        IO_URING => ["io_uring-bounce-4k" "io_uring-bounce-64k" "io_uring-bounce-1m"],
-            ["io_uring-detect-4k" "io_uring-detect-64k" "io_uring-detect-1m"];
-    };
-    let targets = |under| match under {
-        Under::Bounce => [0.9, 0.9, 0.75],
-        Under::Detect => [0.85, 0.75, 0.6],
-        Under::Uncached => unreachable!("not among these"),
-    };
-    let each = rows.into_iter().flat_map(|of_one| of_one.into_iter().enumerate());
-    each.map(|(i, (name, under, engine))| {
-        let target = Some(targets(under)[i]);
-        Load { name, engine, under, block: BLOCKS[i], target }
-    })
-    .collect()
-}
+const ON_TMPFS: [Load; 18] = [
+    load("psync-bounce-4k", PSYNC, Under::Bounce, "4k", Some(0.9)),
+    load("psync-bounce-64k", PSYNC, Under::Bounce, "64k", Some(0.9)),
+    load("psync-bounce-1m", PSYNC, Under::Bounce, "1m", Some(0.75)),
+    load("psync-detect-4k", PSYNC, Under::Detect, "4k", Some(0.85)),
+    load("psync-detect-64k", PSYNC, Under::Detect, "64k", Some(0.75)),
+    load("psync-detect-1m", PSYNC, Under::Detect, "1m", Some(0.6)),
+    load("libaio-bounce-4k", LIBAIO, Under::Bounce, "4k", Some(0.9)),
+    load("libaio-bounce-64k", LIBAIO, Under::Bounce, "64k", Some(0.9)),
+    load("libaio-bounce-1m", LIBAIO, Under::Bounce, "1m", Some(0.75)),
+    load("libaio-detect-4k", LIBAIO, Under::Detect, "4k", Some(0.85)),
+    load("libaio-detect-64k", LIBAIO, Under::Detect, "64k", Some(0.75)),
+    load("libaio-detect-1m", LIBAIO, Under::Detect, "1m", Some(0.6)),
+    load("io_uring-bounce-4k", IO_URING, Under::Bounce, "4k", Some(0.9)),
+    load("io_uring-bounce-64k", IO_URING, Under::Bounce, "64k", Some(0.9)),
+    load("io_uring-bounce-1m", IO_URING, Under::Bounce, "1m", Some(0.75)),
+    load("io_uring-detect-4k", IO_URING, Under::Detect, "4k", Some(0.85)),
+    load("io_uring-detect-64k", IO_URING, Under::Detect, "64k", Some(0.75)),
+    load("io_uring-detect-1m", IO_URING, Under::Detect, "1m", Some(0.6)),
+];
 
 /// Reported only: what falling back costs, and what bouncing does.
-const ON_LOOP: [Load; 6] = {
-    const fn load(name: &'static str, engine: Engine, under: Under, block: &'static str) -> Load {
-        Load { name, engine, under, block, target: None }
-    }
-    [
-        load("xfs-libaio-bounce-4k", LIBAIO, Under::Bounce, "4k"),
-        load("xfs-libaio-uncached-4k", LIBAIO, Under::Uncached, "4k"),
-        load("xfs-io_uring-bounce-64k", IO_URING, Under::Bounce, "64k"),
-        load("xfs-io_uring-uncached-64k", IO_URING, Under::Uncached, "64k"),
-        load("xfs-io_uring-bounce-1m", IO_URING, Under::Bounce, "1m"),
-        load("xfs-io_uring-uncached-1m", IO_URING, Under::Uncached, "1m"),
-    ]
-};
+const ON_LOOP: [Load; 6] = [
+    load("xfs-libaio-bounce-4k", LIBAIO, Under::Bounce, "4k", None),
+    load("xfs-libaio-uncached-4k", LIBAIO, Under::Uncached, "4k", None),
+    load("xfs-io_uring-bounce-64k", IO_URING, Under::Bounce, "64k", None),
+    load("xfs-io_uring-uncached-64k", IO_URING, Under::Uncached, "64k", None),
+    load("xfs-io_uring-bounce-1m", IO_URING, Under::Bounce, "1m", None),
+    load("xfs-io_uring-uncached-1m", IO_URING, Under::Uncached, "1m", None),
+];
 
 pub(crate) fn run(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     require_tool("fio").context("fio is not installed")?;
     let scratch = Scratch::with_room(2 * AREA_BYTES)?;
-    let mut rows = measure(plan, &loads_on_tmpfs(), &scratch.path("area"))?;
+    let mut rows = measure(plan, &ON_TMPFS, &scratch.path("area"))?;
     match Mounted::on_loop("xfs", DEVICE_BYTES)? {
         Some(xfs) => rows.extend(measure(plan, &ON_LOOP, &xfs.path().join("area"))?),
         None => eprintln!("host: no XFS on a loop device here, its rows are left out"),
