@@ -191,7 +191,11 @@ impl Geometry {
 
     /// The shape for a pass over the data of a write.
     pub fn row_shape(&self) -> RowShape {
-        RowShape { chunk_blocks: self.chunk_blocks, columns: self.columns() as u32 }
+        RowShape {
+            chunk_blocks: self.chunk_blocks,
+            columns: self.columns() as u32,
+            parities: 1,
+        }
     }
 
     /// The member with the parity of a stripe.

@@ -22,7 +22,7 @@
 
 use smallvec::SmallVec;
 use stableio_onepass as onepass;
-use stableio_onepass::Parity;
+use stableio_onepass::{Parities, Parity, gf};
 
 use crate::error::Fault;
 use crate::foreign::{ForeignBuf, Segment, Segments, WORD};
@@ -49,9 +49,11 @@ pub struct Sums {
     pub first_block: u64,
     /// Guards of the whole blocks, in order.
     pub guards: SmallVec<[u64; 4]>,
-    /// Parity blocks of the full rows, placed by `spans`.
+    /// Parity blocks (P) of the full rows, placed by `spans`.
     pub parity: Option<StableBuf>,
-    /// Where each stripe's full rows lie in `parity`.
+    /// Their Q, if the rows have two parities; placed by `spans` too.
+    pub q: Option<StableBuf>,
+    /// Where each stripe's full rows lie in `parity` and in `q`.
     pub spans: Vec<ParitySpan>,
 }
 
@@ -59,7 +61,7 @@ impl Pass {
     /// Bytes of parity that a write of `len` bytes at `at` produces: what to
     /// reserve beside the payload.
     pub fn parity_bytes(&self, at: u64, len: usize) -> usize {
-        self.rows.map_or(0, |rows| rows.parity_spans(at, len).1)
+        self.rows.map_or(0, |rows| usize::from(rows.parities) * rows.parity_spans(at, len).1)
     }
 
     /// Bytes that a copy of the payload takes, padding included.
@@ -103,8 +105,10 @@ pub fn stabilize(
                 let src = source.take(direct * BLOCK);
                 // SAFETY: `src` is a foreign range kept alive by `_keep`;
                 // `dst` has room for `direct` blocks and is ours alone; the
-                // parity pointer has room for `step.blocks` (see `Step`).
-                unsafe { onepass::stabilize_blocks(src, dst, &mut guards[..direct], step.parity)? };
+                // parities have room for `step.blocks` (see `Step`).
+                unsafe {
+                    onepass::stabilize_blocks(src, dst, &mut guards[..direct], step.parities)?
+                };
                 return Ok(direct);
             }
             // The block is pieced together from several segments, or its edge
@@ -114,8 +118,8 @@ pub fn stabilize(
             // SAFETY: `copy_to` just filled these bytes, contiguous as one
             // block never crosses an extent; nobody else writes to them.
             let block = unsafe { std::slice::from_raw_parts(dst, BLOCK) };
-            // SAFETY: the parity pointer has room for a block (see `Step`).
-            unsafe { onepass::stable_blocks(block, &mut guards[..1], step.parity) };
+            // SAFETY: the parities have room for a block (see `Step`).
+            unsafe { onepass::stable_blocks(block, &mut guards[..1], step.parities) };
             Ok(1)
         })?
     } else {
@@ -144,9 +148,9 @@ pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reserv
         let first = piece.pieces().next().expect("at least a block");
         let blocks = first.len() / BLOCK;
         assert!(blocks > 0, "the data is not congruent to {at}");
-        // SAFETY: the parity pointer has room for `step.blocks` (see `Step`).
+        // SAFETY: the parities have room for `step.blocks` (see `Step`).
         unsafe {
-            onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parity)
+            onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parities)
         };
         Ok(blocks)
     });
@@ -276,7 +280,7 @@ impl PromisedBuf {
         let mut source = Cursor::new(self.0.for_kernel());
         source.skip((at.next_multiple_of(BLOCK as u64) - at).min(self.len() as u64) as usize);
         sum_blocks(at, self.len(), pass, memory, |step, guards| {
-            source.sample(step.blocks, guards, step.parity)
+            source.sample(step.blocks, guards, step.parities)
         })
     }
 
@@ -293,6 +297,34 @@ impl PromisedBuf {
         parity: &mut PoolBuf,
         to: usize,
     ) -> Result<(), Fault> {
+        self.take_up(from, blocks, parity, to, |p| Parities::only_p(Parity::Xor(p)))
+    }
+
+    /// As [`xor_into`](Self::xor_into), but what is XORed into `q` is the
+    /// bytes times `coefficient` ([`gf::exp`] of their column).
+    ///
+    /// # Errors
+    ///
+    /// [`Fault`] when the memory vanished.
+    pub fn mul_xor_into(
+        &self,
+        from: usize,
+        blocks: usize,
+        coefficient: u8,
+        q: &mut PoolBuf,
+        to: usize,
+    ) -> Result<(), Fault> {
+        self.take_up(from, blocks, q, to, |q| Parities::only_q(Parity::Xor(q), coefficient))
+    }
+
+    fn take_up(
+        &self,
+        from: usize,
+        blocks: usize,
+        parity: &mut PoolBuf,
+        to: usize,
+        place: impl Fn(*mut u8) -> Parities,
+    ) -> Result<(), Fault> {
         let mut source = Cursor::new(self.0.for_kernel());
         source.skip(from);
         let mut done = 0;
@@ -300,7 +332,7 @@ impl PromisedBuf {
             let (dst, room) = parity.at(to + done * BLOCK);
             let count = (blocks - done).min(room / BLOCK);
             let mut guards: SmallVec<[u64; 16]> = SmallVec::from_elem(0, count);
-            done += source.sample(count, &mut guards, Parity::Xor(dst))?;
+            done += source.sample(count, &mut guards, place(dst))?;
         }
         Ok(())
     }
@@ -338,7 +370,7 @@ pub fn verify_in_place(buf: &ForeignBuf, from: usize, expected: &[u64]) -> Resul
     let mut found: SmallVec<[u64; 64]> = SmallVec::from_elem(0, expected.len());
     let mut done = 0;
     while done < expected.len() {
-        done += source.sample(expected.len() - done, &mut found[done..], Parity::None)?;
+        done += source.sample(expected.len() - done, &mut found[done..], Parities::NONE)?;
     }
     let pairs = found.iter().zip(expected).enumerate();
     Ok(Verdict { mismatches: pairs.filter(|(_, (f, e))| f != e).map(|(i, _)| i as u32).collect() })
@@ -392,15 +424,15 @@ pub fn zero_out(buf: &ForeignBuf, to: usize, len: usize) -> Result<(), Fault> {
 }
 
 /// Part of a pass: up to `blocks` blocks from byte `offset` of the payload.
-/// `parity` has room for all of them.
+/// The parities have room for all of them.
 struct Step {
     offset: usize,
     blocks: usize,
-    parity: Parity,
+    parities: Parities,
 }
 
 /// Walks the whole blocks of `at..at + len` in the order of the data, gives
-/// each step the place of its parity, and gathers guards. `each` says how
+/// each step the place of its parities, and gathers guards. `each` says how
 /// many blocks it did.
 fn sum_blocks(
     at: u64,
@@ -412,25 +444,30 @@ fn sum_blocks(
     let whole = whole_blocks(at, len);
     let (spans, parity_bytes) =
         pass.rows.map_or((Vec::new(), 0), |rows| rows.parity_spans(at, len));
-    let mut parity = (parity_bytes > 0).then(|| memory.take(parity_bytes));
+    let has_q = pass.rows.is_some_and(|rows| rows.has_q());
+    let mut take = |wanted: bool| (wanted && parity_bytes > 0).then(|| memory.take(parity_bytes));
+    let (mut parity, mut q) = (take(true), take(has_q));
     let mut guards: SmallVec<[u64; 4]> = SmallVec::from_elem(0, whole.clone().count());
     let mut result = Ok(());
     let mut one_run = |run: Run| {
         let mut done = 0;
         while done < run.count && result.is_ok() {
             let mut blocks = run.count - done;
-            let place = match (run.parity, &mut parity) {
-                (Some((start, first)), Some(parity)) => {
+            let mut place = |parity: &mut Option<PoolBuf>| match (run.parity, parity) {
+                (Some((start, column)), Some(parity)) => {
                     let (ptr, room) = parity.at(start + done * BLOCK);
                     blocks = blocks.min(room / BLOCK);
-                    if first { Parity::Set(ptr) } else { Parity::Xor(ptr) }
+                    if column == 0 { Parity::Set(ptr) } else { Parity::Xor(ptr) }
                 }
                 _ => Parity::None,
             };
+            let (p, q) = (place(&mut parity), place(&mut q));
+            let coefficient = run.parity.map_or(0, |(_, column)| gf::exp(column as usize));
+            let parities = Parities { p, q, coefficient };
             let block = run.block + done as u64;
             let offset = (block * BLOCK as u64 - at) as usize;
             let into = &mut guards[(block - whole.start) as usize..][..blocks];
-            match each(Step { offset, blocks, parity: place }, into) {
+            match each(Step { offset, blocks, parities }, into) {
                 Ok(count) => done += count,
                 Err(fault) => result = Err(fault),
             }
@@ -441,7 +478,8 @@ fn sum_blocks(
         None => one_run(Run { block: whole.start, count: whole.clone().count(), parity: None }),
     }
     result?;
-    Ok(Sums { first_block: whole.start, guards, parity: parity.map(PoolBuf::freeze), spans })
+    let (parity, q) = (parity.map(PoolBuf::freeze), q.map(PoolBuf::freeze));
+    Ok(Sums { first_block: whole.start, guards, parity, q, spans })
 }
 
 /// Where the next byte of a foreign buffer is to be loaded. It only moves
@@ -554,14 +592,14 @@ impl<'a> Cursor<'a> {
         &mut self,
         blocks: usize,
         guards: &mut [u64],
-        parity: Parity,
+        parities: Parities,
     ) -> Result<usize, Fault> {
         let direct = blocks.min(self.contiguous() / BLOCK);
         if direct > 0 {
             // SAFETY: a foreign range that the buffer's keep-alive holds; the
-            // caller's parity pointer has room for `blocks`.
+            // caller's parities have room for `blocks`.
             unsafe {
-                onepass::sample_blocks(self.take(direct * BLOCK), &mut guards[..direct], parity)?
+                onepass::sample_blocks(self.take(direct * BLOCK), &mut guards[..direct], parities)?
             };
             return Ok(direct);
         }
@@ -573,8 +611,8 @@ impl<'a> Cursor<'a> {
             unsafe { onepass::copy_in(self.take(now), block.as_mut_ptr().add(done), now)? };
             done += now;
         }
-        // SAFETY: the caller's parity pointer has room for a block.
-        unsafe { onepass::stable_blocks(&block, &mut guards[..1], parity) };
+        // SAFETY: the caller's parities have room for a block.
+        unsafe { onepass::stable_blocks(&block, &mut guards[..1], parities) };
         Ok(1)
     }
 }

@@ -12,9 +12,12 @@
 //! ```
 //!
 //! A request for the blocks 1 to 10 covers the rows 1 and 2 wholly: their
-//! parity follows from the request alone, in the pass that copies it.
+//! parity follows from the request alone, in the pass that copies it. With two
+//! parities, Q has a place like that of P in a buffer of its own.
 
 use std::ops::Range;
+
+use stableio_onepass::gf;
 
 use crate::units::BLOCK;
 
@@ -25,6 +28,8 @@ pub struct RowShape {
     pub chunk_blocks: u32,
     /// Data columns of a stripe.
     pub columns: u32,
+    /// Parity blocks of a row: 1 for P, 2 for P and Q.
+    pub parities: u8,
 }
 
 /// The part of a request that lies in one stripe.
@@ -39,7 +44,7 @@ pub struct StripeSpan {
 }
 
 /// Where the parity of a stripe's full rows lies in the parity buffer of a
-/// pass.
+/// pass: P in its own, and Q at the same place in its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParitySpan {
     /// The stripe's number.
@@ -58,8 +63,8 @@ pub(crate) struct Run {
     pub(crate) block: u64,
     /// Blocks.
     pub(crate) count: usize,
-    /// Byte offset in the parity buffer, and whether this is the first column.
-    pub(crate) parity: Option<(usize, bool)>,
+    /// Byte offset in the parity buffer, and the column.
+    pub(crate) parity: Option<(usize, u32)>,
 }
 
 /// The whole blocks inside the bytes `at..at + len`.
@@ -70,6 +75,19 @@ pub(crate) fn whole_blocks(at: u64, len: usize) -> Range<u64> {
 }
 
 impl RowShape {
+    /// Whether rows have Q beside P.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such shape: a row has one or two parities, and with
+    /// two no more columns than Q can tell apart.
+    pub(crate) fn has_q(&self) -> bool {
+        let most = if self.parities == 2 { gf::MAX_COLUMNS } else { usize::MAX };
+        let fits = matches!(self.parities, 1 | 2) && self.columns as usize <= most;
+        assert!(fits, "no such rows: {self:?}");
+        self.parities == 2
+    }
+
     /// Data blocks of a stripe.
     pub fn stripe_blocks(&self) -> u64 {
         u64::from(self.chunk_blocks) * u64::from(self.columns)
@@ -98,7 +116,8 @@ impl RowShape {
     }
 
     /// Where the parity of the full rows of `at..at + len` goes: packed, in
-    /// the order of the stripes. Also the bytes that it takes.
+    /// the order of the stripes. Also the bytes that it takes: one of the
+    /// parities, if there are two.
     pub fn parity_spans(&self, at: u64, len: usize) -> (Vec<ParitySpan>, usize) {
         let mut bytes = 0;
         let spans = self
@@ -149,7 +168,7 @@ impl RowShape {
                 let count = (row_end - row).min(span.blocks.end - block);
                 let target = parity
                     .filter(|_| full.contains(&row))
-                    .map(|p| (p.at + (row - full.start) as usize * BLOCK, column == 0));
+                    .map(|p| (p.at + (row - full.start) as usize * BLOCK, column));
                 each(Run { block: base + u64::from(block), count: count as usize, parity: target });
                 block += count;
             }
@@ -167,7 +186,7 @@ mod tests {
         fn runs_cover_each_block_once_and_agree_with_a_naive_row_count(
             chunk_blocks in 1u32..9, columns in 1u32..6, at in 0u64..200_000, len in 0usize..400_000,
         ) {
-            let shape = RowShape { chunk_blocks, columns };
+            let shape = RowShape { chunk_blocks, columns, parities: 1 };
             let whole = whole_blocks(at, len);
             let (spans, bytes) = shape.parity_spans(at, len);
             // Oracle: count how many columns of each row the range covers.
@@ -191,15 +210,26 @@ mod tests {
                     let row = (b / shape.stripe_blocks(), b % shape.stripe_blocks() % u64::from(chunk_blocks));
                     let is_full = cover[&row] == columns;
                     if is_full != run.parity.is_some() { failed = Some(b); }
-                    if let Some((at, first)) = run.parity {
+                    if let Some((at, column)) = run.parity {
+                        let its = b % shape.stripe_blocks() / u64::from(chunk_blocks);
+                        if u64::from(column) != its { failed = Some(b); }
                         hits[at / BLOCK + i] += 1;
-                        sets[at / BLOCK + i] += u32::from(first);
+                        sets[at / BLOCK + i] += u32::from(column == 0);
                     }
                 }
             });
             prop_assert_eq!(failed, None);
             prop_assert_eq!(next, whole.end.max(whole.start));
             prop_assert!(hits.iter().all(|&h| h == columns) && sets.iter().all(|&s| s == 1));
+        }
+    }
+
+    #[test]
+    fn rows_that_cannot_be_are_refused() {
+        let shape = |columns, parities| RowShape { chunk_blocks: 1, columns, parities };
+        assert!(!shape(256, 1).has_q() && shape(255, 2).has_q());
+        for wrong in [shape(2, 0), shape(2, 3), shape(256, 2)] {
+            assert!(std::panic::catch_unwind(|| wrong.has_q()).is_err(), "{wrong:?}");
         }
     }
 }

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use stableio_mem as mem;
 use stableio_onepass as onepass;
-use support::{Mapping, Random, assert_sums, noise, pool_in_pieces};
+use support::{Mapping, Random, assert_sums, naive_mul, noise, pool_in_pieces};
 
 /// Bytes of foreign memory that segments are cut from.
 const FOREIGN: usize = 256 << 10;
@@ -54,8 +54,9 @@ fn any_at() -> impl Strategy<Value = u64> {
 }
 
 fn any_pass() -> impl Strategy<Value = Pass> {
-    let rows =
-        (1..6_u32, 1..5_u32).prop_map(|(chunk_blocks, columns)| RowShape { chunk_blocks, columns });
+    let columns = prop_oneof![3 => 1..5_u32, 1 => 5..15_u32];
+    let rows = (1..6_u32, columns, 1..3_u8)
+        .prop_map(|(chunk_blocks, columns, parities)| RowShape { chunk_blocks, columns, parities });
     (prop::bool::weighted(0.8), prop::option::weighted(0.7, rows))
         .prop_map(|(guards, rows)| Pass { guards, rows })
 }
@@ -181,24 +182,32 @@ proptest! {
     #[test]
     fn a_promise_is_taken_up_in_parity(
         segments in any_segments(), from in 0..3 * BLOCK, before in 0..4_usize, behind in 0..4_usize,
-        seed: u64,
+        coefficient: u8, seed: u64,
     ) {
         let stage = Stage::new(seed);
         let payload = payload(&segments, &stage.contents);
         let from = from.min(payload.len());
         let blocks = (payload.len() - from) / BLOCK;
         let mut expected = noise(!seed, (before + blocks + behind) * BLOCK);
+        let mut expected_q = expected.clone();
         let mut parity = stage.reserve(expected.len()).take(expected.len());
         parity.copy_from(0, &expected);
+        let mut q = stage.reserve(expected.len()).take(expected.len());
+        q.copy_from(0, &expected);
 
         let promised = doors::promise(stage.foreign.buf(&segments), Grant::only_own_data());
         promised.xor_into(from, blocks, &mut parity, before * BLOCK).unwrap();
+        promised.mul_xor_into(from, blocks, coefficient, &mut q, before * BLOCK).unwrap();
 
         let data = &payload[from..from + blocks * BLOCK];
         for (sum, byte) in expected[before * BLOCK..].iter_mut().zip(data) {
             *sum ^= byte;
         }
+        for (sum, byte) in expected_q[before * BLOCK..].iter_mut().zip(data) {
+            *sum ^= naive_mul(coefficient, *byte);
+        }
         prop_assert!(parity.freeze().to_vec() == expected);
+        prop_assert!(q.freeze().to_vec() == expected_q);
         drop(promised);
         stage.assert_nothing_left();
     }

@@ -141,7 +141,8 @@ const REQUESTS: [(u64, &[(usize, usize)]); 6] = [
     (1, &[(5, 1000), (2001, 3001), (BLOCK + 1, 2 * BLOCK), (5 * BLOCK, 17), (99, 4 * BLOCK)]),
 ];
 
-const PASS: Pass = Pass { guards: true, rows: Some(RowShape { chunk_blocks: 2, columns: 2 }) };
+const PASS: Pass =
+    Pass { guards: true, rows: Some(RowShape { chunk_blocks: 2, columns: 2, parities: 2 }) };
 
 #[test]
 fn what_is_stabilized_fits_together_and_was_all_stored() {
@@ -187,10 +188,12 @@ fn what_is_copied_and_then_summed_does_not_fit_together() {
             let sums = promised.sums(at, PASS, &mut memory).unwrap();
             let right = doors::sums_of_stable(&copy, at, PASS, &mut memory);
             let parity = |sums: &mem::Sums| sums.parity.as_ref().unwrap().to_vec();
-            (sums.guards != right.guards, parity(&sums) != parity(&right))
+            let q = |sums: &mem::Sums| sums.q.as_ref().unwrap().to_vec();
+            (sums.guards != right.guards, parity(&sums) != parity(&right), q(&sums) != q(&right))
         };
         assert_seen("a guard that does not fit the copy", |_| both().0);
         assert_seen("parity that does not fit the copy", |_| both().1);
+        assert_seen("Q that does not fit the copy", |_| both().2);
     });
 }
 
@@ -217,11 +220,12 @@ fn what_is_loaded_in_halves_was_not_all_stored() {
 
 /// A promise that is broken gives sums of something that nobody may have
 /// stored, but one sampling of each byte: with one column, parity is the data
-/// as it was loaded, and the guards are its guards.
+/// as it was loaded, and the guards are its guards. So is Q, whose first
+/// coefficient is one.
 #[test]
 fn what_is_sampled_fits_together_though_the_promise_is_broken() {
     let (pool, _taken) = pool_in_pieces(1 << 20, 4);
-    let rows = RowShape { chunk_blocks: 3, columns: 1 };
+    let rows = RowShape { chunk_blocks: 3, columns: 1, parities: 2 };
     let pass = Pass { guards: true, rows: Some(rows) };
     Program::run(|program| {
         for (at, segments) in REQUESTS.iter().cycle().take(2_000) {
@@ -232,6 +236,7 @@ fn what_is_sampled_fits_together_though_the_promise_is_broken() {
             let loaded = sums.parity.unwrap().to_vec();
             let guards: Vec<u64> = loaded.chunks(BLOCK).map(stableio_onepass::guard).collect();
             assert_eq!(sums.guards.as_slice(), guards);
+            assert!(sums.q.unwrap().to_vec() == loaded);
         }
     });
 }

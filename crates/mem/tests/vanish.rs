@@ -19,7 +19,8 @@ const PAGES: usize = 8;
 const LEN: usize = PAGES * BLOCK;
 /// Where the memory ends that is left.
 const GAP: usize = LEN / 2;
-const PASS: Pass = Pass { guards: true, rows: Some(RowShape { chunk_blocks: 1, columns: 2 }) };
+const PASS: Pass =
+    Pass { guards: true, rows: Some(RowShape { chunk_blocks: 1, columns: 2, parities: 2 }) };
 
 /// Counts what a thread has on the heap: a call that is abandoned in the middle
 /// must not leave anything there.
@@ -75,7 +76,7 @@ fn through_every_door(
     pool: &Arc<Pool>,
     at: u64,
     mut foreign: impl FnMut() -> ForeignBuf,
-) -> [(&'static str, Result<(), Fault>); 8] {
+) -> [(&'static str, Result<(), Fault>); 9] {
     let reserve = |bytes| pool.try_reserve(bytes).unwrap().expect("nobody else has any");
     let len = foreign().len();
     let blocks = len / BLOCK;
@@ -88,6 +89,10 @@ fn through_every_door(
         let mut parity = reserve(len).take(blocks * BLOCK);
         promised(buf).xor_into(0, blocks, &mut parity, 0)
     };
+    let mul_xor_into = |buf| {
+        let mut q = reserve(len).take(blocks * BLOCK);
+        promised(buf).mul_xor_into(0, blocks, 2, &mut q, 0)
+    };
     let verify = |buf| doors::verify_in_place(&buf, 0, &vec![0; blocks]).map(drop);
     let copy_out = |buf| doors::copy_out(&StableBuf::from_owned(vec![7; len]), &buf, 0);
     [
@@ -96,6 +101,7 @@ fn through_every_door(
         ("load", doors::load(foreign(), &mut vec![0; len])),
         ("promised sums", sums(foreign())),
         ("promised parity", xor_into(foreign())),
+        ("promised Q", mul_xor_into(foreign())),
         ("verify_in_place", verify(foreign())),
         ("copy_out", copy_out(foreign())),
         ("zero_out", doors::zero_out(&foreign(), 0, len)),
@@ -206,7 +212,7 @@ fn ten_thousand_faults_leave_nothing_behind() {
     // The first round sets up what stays for good.
     STRADDLING.into_iter().for_each(&mut round);
     let before = ON_HEAP.get();
-    STRADDLING.into_iter().cycle().take(10_000 / 8 + 1).for_each(&mut round);
+    STRADDLING.into_iter().cycle().take(10_000 / 9 + 1).for_each(&mut round);
     assert_eq!(ON_HEAP.get(), before, "bytes on the heap after {faults} faults");
     assert!(faults > 10_000);
     assert_eq!(pool.used(), 0);

@@ -6,7 +6,7 @@
 
 use std::hint::black_box;
 
-use onepass::{BLOCK, Kernels, Parity, available_tiers, fault, guard, tier};
+use onepass::{BLOCK, Kernels, Parities, Parity, available_tiers, fault, gf, guard, tier};
 use stableio_onepass as onepass;
 
 /// Bytes that each run processes.
@@ -15,7 +15,7 @@ const VOLUME: usize = 1 << 30;
 fn main() {
     println!("tier in use: {:?}; GB/s, median of 3", tier());
     println!("guarded call: {:.1} ns", guarded_call_ns());
-    println!("{:<32}{:>10}{:>10}{:>10}", "", "4 KiB", "64 KiB", "1 MiB");
+    println!("{:<40}{:>10}{:>10}{:>10}", "", "4 KiB", "64 KiB", "1 MiB");
     row("memcpy", |b| b.dst.copy_from_slice(&b.src));
     row("memcpy, then crc-fast", |b| {
         b.dst.copy_from_slice(&b.src);
@@ -38,24 +38,52 @@ fn tier_rows(name: &str, kernels: &Kernels) {
         // SAFETY: as above; one guard per block.
         unsafe {
             (kernels.copy_in)(b.src.as_ptr(), b.dst.as_mut_ptr(), b.src.len()).unwrap();
-            (kernels.stable_blocks)(&b.dst, &mut b.guards, Parity::None);
+            (kernels.stable_blocks)(&b.dst, &mut b.guards, Parities::NONE);
         }
     });
-    row(&format!("{name}: fused"), |b| stabilize(kernels, b, 0, |_| Parity::None));
-    row(&format!("{name}: fused, parity set"), |b| stabilize(kernels, b, 0, Parity::Set));
-    row(&format!("{name}: fused, parity xor"), |b| stabilize(kernels, b, 0, Parity::Xor));
-    row(&format!("{name}: fused, src odd"), |b| stabilize(kernels, b, 3, |_| Parity::None));
+    row(&format!("{name}: fused"), |b| stabilize(kernels, b, 0, Parities::NONE));
+    row(&format!("{name}: fused, P set"), |b| {
+        let p = Parity::Set(b.p.as_mut_ptr());
+        stabilize(kernels, b, 0, Parities::only_p(p));
+    });
+    row(&format!("{name}: fused, P xor"), |b| {
+        let p = Parity::Xor(b.p.as_mut_ptr());
+        stabilize(kernels, b, 0, Parities::only_p(p));
+    });
+    row(&format!("{name}: fused, P and Q set"), |b| {
+        let (p, q) = (Parity::Set(b.p.as_mut_ptr()), Parity::Set(b.q.as_mut_ptr()));
+        stabilize(kernels, b, 0, Parities { p, q, coefficient: 1 });
+    });
+    row(&format!("{name}: fused, P and Q xor"), |b| {
+        let (p, q) = (Parity::Xor(b.p.as_mut_ptr()), Parity::Xor(b.q.as_mut_ptr()));
+        stabilize(kernels, b, 0, Parities { p, q, coefficient: gf::exp(3) });
+    });
+    rows(&format!("{name}: fused, row of 4 + P and Q"), 4, |b| {
+        let chunk = b.p.len();
+        let guards = b.guards.chunks_mut(chunk / BLOCK);
+        let columns = b.src.chunks(chunk).zip(b.dst.chunks_mut(chunk)).zip(guards);
+        for (column, ((src, dst), guards)) in columns.enumerate() {
+            let mode = if column == 0 { Parity::Set } else { Parity::Xor };
+            let (p, q) = (mode(b.p.as_mut_ptr()), mode(b.q.as_mut_ptr()));
+            let parities = Parities { p, q, coefficient: gf::exp(column) };
+            // SAFETY: all of them have a chunk, and its guards.
+            unsafe { (kernels.stabilize_blocks)(src.as_ptr(), dst.as_mut_ptr(), guards, parities) }
+                .unwrap();
+        }
+    });
+    row(&format!("{name}: fused, src odd"), |b| stabilize(kernels, b, 3, Parities::NONE));
+    row(&format!("{name}: mul_xor_into"), |b| (kernels.mul_xor_into)(&mut b.q, &b.src, 142));
     row(&format!("{name}: sample"), |b| {
         // SAFETY: one guard per block.
-        unsafe { (kernels.sample_blocks)(b.src.as_ptr(), &mut b.guards, Parity::None) }.unwrap();
+        unsafe { (kernels.sample_blocks)(b.src.as_ptr(), &mut b.guards, Parities::NONE) }.unwrap();
     });
 }
 
-fn stabilize(kernels: &Kernels, b: &mut Buffers, offset: usize, mode: fn(*mut u8) -> Parity) {
+fn stabilize(kernels: &Kernels, b: &mut Buffers, offset: usize, parities: Parities) {
     let src = b.src_with_slack.as_ptr().wrapping_add(offset);
-    let parity = mode(b.parity.as_mut_ptr());
     // SAFETY: all buffers have a block per guard, and `src_with_slack` one more.
-    unsafe { (kernels.stabilize_blocks)(src, b.dst.as_mut_ptr(), &mut b.guards, parity) }.unwrap();
+    unsafe { (kernels.stabilize_blocks)(src, b.dst.as_mut_ptr(), &mut b.guards, parities) }
+        .unwrap();
 }
 
 /// What the kernels work on.
@@ -63,24 +91,31 @@ struct Buffers {
     src: Vec<u8>,
     src_with_slack: Vec<u8>,
     dst: Vec<u8>,
-    parity: Vec<u8>,
+    p: Vec<u8>,
+    q: Vec<u8>,
     guards: Vec<u64>,
 }
 
 /// Prints the speed of `work` for each size.
 fn row(name: &str, work: impl Fn(&mut Buffers)) {
-    print!("{name:<32}");
+    rows(name, 1, work);
+}
+
+/// Prints the speed of `work` on that many columns for each size of a chunk.
+fn rows(name: &str, columns: usize, work: impl Fn(&mut Buffers)) {
+    print!("{name:<40}");
     for size in [4 << 10, 64 << 10, 1 << 20] {
         let mut buffers = Buffers {
-            src: vec![1; size],
-            src_with_slack: vec![2; size + BLOCK],
-            dst: vec![3; size],
-            parity: vec![4; size],
-            guards: vec![5; size / BLOCK],
+            src: vec![1; columns * size],
+            src_with_slack: vec![2; columns * size + BLOCK],
+            dst: vec![3; columns * size],
+            p: vec![4; size],
+            q: vec![6; size],
+            guards: vec![5; columns * size / BLOCK],
         };
         let mut speeds = [0.0; 3].map(|_: f64| {
             let start = cpu_ns();
-            for _ in 0..VOLUME / size {
+            for _ in 0..VOLUME / (columns * size) {
                 work(black_box(&mut buffers));
             }
             VOLUME as f64 / (cpu_ns() - start)

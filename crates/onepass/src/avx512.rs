@@ -1,5 +1,5 @@
-//! The fused loop: each 64 bytes are loaded once, and stored, folded into the CRC and XORed into
-//! parity out of the same register.
+//! The fused loop: each 64 bytes are loaded once, and stored, folded into the CRC, XORed into P and
+//! multiplied into Q out of the same register.
 //!
 //! Foreign loads are inline assembly: the compiler must not repeat them (ONCE-1). A 512-bit load
 //! is taken to be a single access to each aligned 8-byte word in it (ONCE-2). The manuals promise
@@ -15,9 +15,10 @@ use std::arch::x86_64::*;
 
 use crate::by_block::{self, Pieces, WORD, to_word_boundary};
 use crate::fault::guarded;
+use crate::gf::tables;
 use crate::guard::folding;
-use crate::portable::Portable;
-use crate::{BLOCK, Fault, Parity};
+use crate::portable::{self, Portable};
+use crate::{BLOCK, Fault, Parities, Parity};
 
 /// Whether this machine can run the functions of this module.
 pub(crate) fn is_available() -> bool {
@@ -41,16 +42,16 @@ pub(crate) unsafe fn stabilize(
     src: *const u8,
     dst: *mut u8,
     guards: &mut [u64],
-    parity: Parity,
+    parities: Parities,
 ) -> Result<(), Fault> {
     if !src.addr().is_multiple_of(WORD) {
         // SAFETY: the caller's promises.
-        return unsafe { by_block::stabilize::<Avx512>(src, dst, guards, parity) };
+        return unsafe { by_block::stabilize::<Avx512>(src, dst, guards, parities) };
     }
     let (first, blocks) = (guards.as_mut_ptr(), guards.len());
     // SAFETY: `src` is the guarded range; the rest is the caller's promise. `run` owns nothing.
     unsafe {
-        guarded(src, blocks * BLOCK, move || run::<true, true>(src, dst, first, blocks, parity))
+        guarded(src, blocks * BLOCK, move || run::<true, true>(src, dst, first, blocks, parities))
     }
 }
 
@@ -62,18 +63,18 @@ pub(crate) unsafe fn stabilize(
 pub(crate) unsafe fn sample(
     src: *const u8,
     guards: &mut [u64],
-    parity: Parity,
+    parities: Parities,
 ) -> Result<(), Fault> {
     if !src.addr().is_multiple_of(WORD) {
         // SAFETY: the caller's promises.
-        return unsafe { by_block::sample::<Avx512>(src, guards, parity) };
+        return unsafe { by_block::sample::<Avx512>(src, guards, parities) };
     }
     let (first, blocks) = (guards.as_mut_ptr(), guards.len());
     let nowhere = std::ptr::null_mut();
     // SAFETY: as in `stabilize`; without STORE nothing is written to `nowhere`.
     unsafe {
         guarded(src, blocks * BLOCK, move || {
-            run::<true, false>(src, nowhere, first, blocks, parity)
+            run::<true, false>(src, nowhere, first, blocks, parities)
         })
     }
 }
@@ -83,11 +84,11 @@ pub(crate) unsafe fn sample(
 /// # Safety
 ///
 /// That of [`crate::stable_blocks`], `data.len() == guards.len() * BLOCK`, and [`is_available`].
-pub(crate) unsafe fn stable(data: &[u8], guards: &mut [u64], parity: Parity) {
+pub(crate) unsafe fn stable(data: &[u8], guards: &mut [u64], parities: Parities) {
     let nowhere = std::ptr::null_mut();
     // SAFETY: `data` has a block for each guard; without STORE nothing is written to `nowhere`.
     unsafe {
-        run::<false, false>(data.as_ptr(), nowhere, guards.as_mut_ptr(), guards.len(), parity)
+        run::<false, false>(data.as_ptr(), nowhere, guards.as_mut_ptr(), guards.len(), parities)
     }
 }
 
@@ -104,11 +105,45 @@ pub(crate) fn xor_into(dst: &mut [u8], src: &[u8]) {
                 _mm512_storeu_si512(d.as_mut_ptr().cast(), sum);
             }
         }
-        crate::portable::xor_into(d.into_remainder(), s.remainder());
+        portable::xor_into(d.into_remainder(), s.remainder());
     }
     let len = dst.len().min(src.len());
     // SAFETY: the machine has AVX-512.
     unsafe { vectors(&mut dst[..len], &src[..len]) }
+}
+
+/// Adds `c * src` to `dst`, as far as the shorter of them reaches. Only called where
+/// [`is_available`].
+pub(crate) fn mul_xor_into(dst: &mut [u8], src: &[u8], c: u8) {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn vectors(dst: &mut [u8], src: &[u8], c: u8) {
+        let factor = Factor::new(c);
+        let (mut d, mut s) = (dst.chunks_exact_mut(VECTOR), src.chunks_exact(VECTOR));
+        for (d, s) in (&mut d).zip(&mut s) {
+            // SAFETY: a chunk has the bytes of a vector; neither needs an alignment.
+            unsafe { put::<XOR>(d.as_mut_ptr(), factor.times(load(s.as_ptr()))) };
+        }
+        portable::mul_xor_into(d.into_remainder(), s.remainder(), c);
+    }
+    let len = dst.len().min(src.len());
+    // SAFETY: the machine has AVX-512.
+    unsafe { vectors(&mut dst[..len], &src[..len], c) }
+}
+
+/// Multiplies each byte by `c`. Only called where [`is_available`].
+pub(crate) fn scale(buf: &mut [u8], c: u8) {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn vectors(buf: &mut [u8], c: u8) {
+        let factor = Factor::new(c);
+        let mut chunks = buf.chunks_exact_mut(VECTOR);
+        for chunk in &mut chunks {
+            // SAFETY: a chunk has the bytes of a vector; it needs no alignment.
+            unsafe { put::<SET>(chunk.as_mut_ptr(), factor.times(load(chunk.as_ptr()))) };
+        }
+        portable::scale(chunks.into_remainder(), c);
+    }
+    // SAFETY: the machine has AVX-512.
+    unsafe { vectors(buf, c) }
 }
 
 impl Pieces for Avx512 {
@@ -154,10 +189,10 @@ impl Pieces for Avx512 {
         }
     }
 
-    unsafe fn stable(block: &[u8], parity: Parity) -> u64 {
+    unsafe fn stable(block: &[u8], parities: Parities) -> u64 {
         let mut guard = 0;
-        // SAFETY: one block, one guard; the caller's promise about parity.
-        unsafe { stable(block, std::slice::from_mut(&mut guard), parity) };
+        // SAFETY: one block, one guard; the caller's promise about the parities.
+        unsafe { stable(block, std::slice::from_mut(&mut guard), parities) };
         guard
     }
 }
@@ -176,27 +211,72 @@ const NONE: u8 = 0;
 const SET: u8 = 1;
 const XOR: u8 = 2;
 
-/// Picks the loop that is compiled for this kind of parity.
+/// Where the bytes of a run go, apart from the guards.
+#[derive(Clone, Copy)]
+struct Places {
+    dst: *mut u8,
+    p: *mut u8,
+    q: *mut u8,
+}
+
+impl Places {
+    /// The places of what lies `bytes` further on.
+    fn at(self, bytes: usize) -> Places {
+        // Wrapping, because those that nothing is written to may point nowhere.
+        let Places { dst, p, q } = self;
+        Places { dst: dst.wrapping_add(bytes), p: p.wrapping_add(bytes), q: q.wrapping_add(bytes) }
+    }
+}
+
+/// Picks the loop that is compiled for this kind of P.
 ///
 /// # Safety
 ///
 /// `src` has `blocks` blocks: guarded foreign memory at a word boundary if FOREIGN, else stable.
-/// `guards` is valid for `blocks` guards; `dst`, if STORE, and parity for as many blocks. None of
-/// them overlap. The machine has AVX-512. A fault may abandon this: it owns nothing.
+/// `guards` is valid for `blocks` guards; `dst`, if STORE, and the parities for as many blocks.
+/// None of them overlap. The machine has AVX-512. A fault may abandon this: it owns nothing.
 unsafe fn run<const FOREIGN: bool, const STORE: bool>(
     src: *const u8,
     dst: *mut u8,
     guards: *mut u64,
     blocks: usize,
-    parity: Parity,
+    parities: Parities,
 ) {
     let nowhere = std::ptr::null_mut();
-    // SAFETY: the caller's promises; without parity nothing is written to `nowhere`.
+    let places = |p| Places { dst, p, q: nowhere };
+    let (q, c) = (parities.q, parities.coefficient);
+    // SAFETY: the caller's promises; without P nothing is written to `nowhere`.
     unsafe {
-        match parity {
-            Parity::None => pass::<FOREIGN, STORE, NONE>(src, dst, guards, blocks, nowhere),
-            Parity::Set(p) => pass::<FOREIGN, STORE, SET>(src, dst, guards, blocks, p),
-            Parity::Xor(p) => pass::<FOREIGN, STORE, XOR>(src, dst, guards, blocks, p),
+        match parities.p {
+            Parity::None => {
+                run_q::<FOREIGN, STORE, NONE>(src, places(nowhere), guards, blocks, q, c);
+            }
+            Parity::Set(p) => run_q::<FOREIGN, STORE, SET>(src, places(p), guards, blocks, q, c),
+            Parity::Xor(p) => run_q::<FOREIGN, STORE, XOR>(src, places(p), guards, blocks, q, c),
+        }
+    }
+}
+
+/// Picks the loop that is compiled for this kind of Q, for which `places` has none.
+///
+/// # Safety
+///
+/// That of [`run`].
+unsafe fn run_q<const FOREIGN: bool, const STORE: bool, const P: u8>(
+    src: *const u8,
+    places: Places,
+    guards: *mut u64,
+    blocks: usize,
+    q: Parity,
+    c: u8,
+) {
+    let with = |q| Places { q, ..places };
+    // SAFETY: the caller's promises; without Q nothing is written there.
+    unsafe {
+        match q {
+            Parity::None => pass::<FOREIGN, STORE, P, NONE>(src, places, guards, blocks, c),
+            Parity::Set(q) => pass::<FOREIGN, STORE, P, SET>(src, with(q), guards, blocks, c),
+            Parity::Xor(q) => pass::<FOREIGN, STORE, P, XOR>(src, with(q), guards, blocks, c),
         }
     }
 }
@@ -207,20 +287,20 @@ unsafe fn run<const FOREIGN: bool, const STORE: bool>(
 ///
 /// That of [`run`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,pclmulqdq,vpclmulqdq")]
-unsafe fn pass<const FOREIGN: bool, const STORE: bool, const PARITY: u8>(
+unsafe fn pass<const FOREIGN: bool, const STORE: bool, const P: u8, const Q: u8>(
     src: *const u8,
-    dst: *mut u8,
+    places: Places,
     guards: *mut u64,
     blocks: usize,
-    parity: *mut u8,
+    coefficient: u8,
 ) {
+    let factor = Factor::new(coefficient);
     for index in 0..blocks {
         let at = index * BLOCK;
-        // Wrapping, because `dst` and `parity` may point nowhere.
-        let (dst, parity) = (dst.wrapping_add(at), parity.wrapping_add(at));
         // SAFETY: index < blocks, so this block and its guard lie in the caller's ranges.
         unsafe {
-            guards.add(index).write(block::<FOREIGN, STORE, PARITY>(src.add(at), dst, parity));
+            let guard = block::<FOREIGN, STORE, P, Q>(src.add(at), places.at(at), factor);
+            guards.add(index).write(guard);
         }
     }
 }
@@ -232,21 +312,20 @@ unsafe fn pass<const FOREIGN: bool, const STORE: bool, const PARITY: u8>(
 /// That of [`run`], for one block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,pclmulqdq,vpclmulqdq")]
-unsafe fn block<const FOREIGN: bool, const STORE: bool, const PARITY: u8>(
+unsafe fn block<const FOREIGN: bool, const STORE: bool, const P: u8, const Q: u8>(
     src: *const u8,
-    dst: *mut u8,
-    parity: *mut u8,
+    places: Places,
+    factor: Factor,
 ) -> u64 {
     const { assert!(BLOCK.is_multiple_of(STEP)) };
     let by_step = everywhere(const { folding::by(8 * STEP as u32) });
     // SAFETY: the first step of the block.
-    let mut sums = unsafe { step::<FOREIGN, STORE, PARITY>(src, dst, parity) };
+    let mut sums = unsafe { step::<FOREIGN, STORE, P, Q>(src, places, factor) };
     // The initial value, all ones, is an addition to the first 64 bits of the block.
     sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_set_epi64x(0, -1)));
     for at in (STEP..BLOCK).step_by(STEP) {
-        let (dst, parity) = (dst.wrapping_add(at), parity.wrapping_add(at));
         // SAFETY: at + STEP <= BLOCK.
-        let next = unsafe { step::<FOREIGN, STORE, PARITY>(src.add(at), dst, parity) };
+        let next = unsafe { step::<FOREIGN, STORE, P, Q>(src.add(at), places.at(at), factor) };
         for (sum, next) in sums.iter_mut().zip(next) {
             *sum = fold(*sum, by_step, next);
         }
@@ -260,29 +339,100 @@ unsafe fn block<const FOREIGN: bool, const STORE: bool, const PARITY: u8>(
 ///
 /// That of [`run`], for one step.
 #[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn step<const FOREIGN: bool, const STORE: bool, const PARITY: u8>(
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn step<const FOREIGN: bool, const STORE: bool, const P: u8, const Q: u8>(
     src: *const u8,
-    dst: *mut u8,
-    parity: *mut u8,
+    places: Places,
+    factor: Factor,
 ) -> [__m512i; LANES] {
     // SAFETY: `src` has STEP bytes, guarded if they are foreign.
     let data = unsafe { if FOREIGN { load_step_once(src) } else { load_step(src) } };
     for (lane, data) in data.into_iter().enumerate() {
-        if STORE {
-            // SAFETY: `dst` has STEP bytes.
-            unsafe { _mm512_storeu_si512(dst.add(lane * VECTOR).cast(), data) };
-        }
-        if PARITY != NONE {
-            // SAFETY: parity has STEP bytes, initialised ones if it is to be read.
-            unsafe {
-                let at = parity.add(lane * VECTOR);
-                let sum = if PARITY == XOR { _mm512_xor_si512(load(at), data) } else { data };
-                _mm512_storeu_si512(at.cast(), sum);
+        let Places { dst, p, q } = places.at(lane * VECTOR);
+        // SAFETY: each place that is named has STEP bytes, initialised ones if they are to be read.
+        unsafe {
+            if STORE {
+                put::<SET>(dst, data);
+            }
+            put::<P>(p, data);
+            if Q != NONE {
+                put::<Q>(q, factor.times(data));
             }
         }
     }
     data
+}
+
+/// Stores a vector to memory of ours, or XORs it into what lies there, or does nothing.
+///
+/// # Safety
+///
+/// Unless MODE is [`NONE`], `at` is valid for writes of [`VECTOR`] bytes; for reads of initialised
+/// ones too if it is [`XOR`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn put<const MODE: u8>(at: *mut u8, data: __m512i) {
+    if MODE == NONE {
+        return;
+    }
+    // SAFETY: the caller's promise; no alignment is needed.
+    unsafe {
+        let sum = if MODE == XOR { _mm512_xor_si512(load(at), data) } else { data };
+        _mm512_storeu_si512(at.cast(), sum);
+    }
+}
+
+/// A number of the field, ready to multiply vectors by.
+#[derive(Clone, Copy)]
+struct Factor {
+    /// Whether the machine has the instruction that takes `matrix`; else the nibbles serve.
+    has_gfni: bool,
+    matrix: __m512i,
+    nibbles: [__m512i; 2],
+}
+
+impl Factor {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(c: u8) -> Factor {
+        let nibbles = &tables::NIBBLES[usize::from(c)];
+        // SAFETY: a table has 16 bytes.
+        let everywhere = |table: &[u8; 16]| unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        Factor {
+            has_gfni: is_x86_feature_detected!("gfni"),
+            matrix: _mm512_set1_epi64(tables::MATRICES[usize::from(c)] as i64),
+            nibbles: [
+                _mm512_broadcast_i32x4(everywhere(&nibbles[0])),
+                _mm512_broadcast_i32x4(everywhere(&nibbles[1])),
+            ],
+        }
+    }
+
+    /// Multiplies each byte of `data`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn times(self, data: __m512i) -> __m512i {
+        if self.has_gfni {
+            let product;
+            // SAFETY: computes with registers only; the machine has GFNI. In assembly, so that it
+            // can stand in the loops that are compiled for machines without.
+            unsafe {
+                asm!(
+                    "vgf2p8affineqb {product}, {data}, {matrix}, 0",
+                    product = lateout(zmm_reg) product,
+                    data = in(zmm_reg) data,
+                    matrix = in(zmm_reg) self.matrix,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            return product;
+        }
+        let half = _mm512_set1_epi8(0x0f);
+        let low = _mm512_and_si512(data, half);
+        let high = _mm512_and_si512(_mm512_srli_epi16::<4>(data), half);
+        let [of_low, of_high] = self.nibbles;
+        _mm512_xor_si512(_mm512_shuffle_epi8(of_low, low), _mm512_shuffle_epi8(of_high, high))
+    }
 }
 
 /// Loads [`STEP`] foreign bytes, once.
@@ -347,7 +497,11 @@ unsafe fn load_vectors(src: *const u8, dst: *mut u8, len: usize) -> usize {
     let body = len - len % STEP;
     for at in (0..body).step_by(STEP) {
         // SAFETY: at + STEP <= len.
-        unsafe { step::<true, true, NONE>(src.add(at), dst.add(at), std::ptr::null_mut()) };
+        let data = unsafe { load_step_once(src.add(at)) };
+        for (lane, data) in data.into_iter().enumerate() {
+            // SAFETY: `dst` has STEP bytes there.
+            unsafe { put::<SET>(dst.add(at + lane * VECTOR), data) };
+        }
     }
     body
 }
@@ -475,4 +629,38 @@ fn reduce_vector(sum: __m512i) -> u64 {
 #[target_feature(enable = "avx512f")]
 fn everywhere([low, high]: [i64; 2]) -> __m512i {
     _mm512_broadcast_i32x4(_mm_set_epi64x(high, low))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gf;
+
+    /// On one machine the loops only ever take one of the two ways.
+    #[test]
+    fn both_ways_of_multiplying_agree_with_the_table() {
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn product(c: u8, data: &[u8; VECTOR], has_gfni: bool) -> [u8; VECTOR] {
+            let factor = Factor { has_gfni, ..Factor::new(c) };
+            let mut product = [0; VECTOR];
+            // SAFETY: both have the bytes of a vector.
+            unsafe { put::<SET>(product.as_mut_ptr(), factor.times(load(data.as_ptr()))) };
+            product
+        }
+        if !is_available() {
+            return;
+        }
+        for c in 0..=u8::MAX {
+            for first in (0..=u8::MAX).step_by(VECTOR) {
+                let data = std::array::from_fn(|i| first + i as u8);
+                let expected = data.map(|byte| gf::mul(c, byte));
+                // SAFETY: the machine has AVX-512.
+                assert_eq!(unsafe { product(c, &data, false) }, expected, "nibbles of {c}");
+                if is_x86_feature_detected!("gfni") {
+                    // SAFETY: as above, and GFNI.
+                    assert_eq!(unsafe { product(c, &data, true) }, expected, "matrix of {c}");
+                }
+            }
+        }
+    }
 }

@@ -5,7 +5,7 @@
 //! may fault, and what runs under it must not own anything (see [`guarded`]).
 
 use crate::fault::guarded;
-use crate::{BLOCK, Fault, Parity};
+use crate::{BLOCK, Fault, Parities};
 
 /// Bytes of a word: the unit that is never torn (ONCE-2).
 pub(crate) const WORD: usize = 8;
@@ -45,12 +45,13 @@ pub(crate) trait Pieces {
     /// `copy` is valid for reads of `len` bytes; `src` is foreign and guarded by the caller.
     unsafe fn differ(src: *const u8, copy: *const u8, len: usize) -> bool;
 
-    /// The guard of one stable block, which is also taken up in parity.
+    /// The guard of one stable block, which is also taken up in the parities.
     ///
     /// # Safety
     ///
-    /// `block` has [`BLOCK`] bytes; parity is valid for as many, and does not overlap `block`.
-    unsafe fn stable(block: &[u8], parity: Parity) -> u64;
+    /// `block` has [`BLOCK`] bytes; each parity is valid for as many, and overlaps neither `block`
+    /// nor the other one.
+    unsafe fn stable(block: &[u8], parities: Parities) -> u64;
 }
 
 /// [`crate::stabilize_blocks`]: each block is computed on while its copy is still in L1.
@@ -62,7 +63,7 @@ pub(crate) unsafe fn stabilize<P: Pieces>(
     src: *const u8,
     dst: *mut u8,
     guards: &mut [u64],
-    parity: Parity,
+    parities: Parities,
 ) -> Result<(), Fault> {
     let total = guards.len() * BLOCK;
     let mut loaded = 0;
@@ -74,8 +75,8 @@ pub(crate) unsafe fn stabilize<P: Pieces>(
         loaded = next;
         // SAFETY: `dst` is ours, and its first `loaded >= start + BLOCK` bytes have been written.
         let block = unsafe { std::slice::from_raw_parts(dst.add(start), BLOCK) };
-        // SAFETY: parity covers every block of the run and does not overlap `dst`.
-        *guard = unsafe { P::stable(block, parity.block(index)) };
+        // SAFETY: the parities cover every block of the run and do not overlap `dst`.
+        *guard = unsafe { P::stable(block, parities.block(index)) };
     }
     Ok(())
 }
@@ -88,7 +89,7 @@ pub(crate) unsafe fn stabilize<P: Pieces>(
 pub(crate) unsafe fn sample<P: Pieces>(
     src: *const u8,
     guards: &mut [u64],
-    parity: Parity,
+    parities: Parities,
 ) -> Result<(), Fault> {
     let total = guards.len() * BLOCK;
     let mut bounce = [0_u8; BLOCK + WORD];
@@ -102,8 +103,8 @@ pub(crate) unsafe fn sample<P: Pieces>(
         // a part of the caller's.
         unsafe { copy_in::<P>(src.wrapping_add(loaded), free.as_mut_ptr(), free.len())? };
         loaded = next;
-        // SAFETY: parity covers every block of the run; it cannot overlap our stack.
-        *guard = unsafe { P::stable(&bounce[..BLOCK], parity.block(index)) };
+        // SAFETY: the parities cover every block of the run; they cannot overlap our stack.
+        *guard = unsafe { P::stable(&bounce[..BLOCK], parities.block(index)) };
         // The end of the word across the edge belongs to the next block.
         bounce.copy_within(BLOCK.., 0);
     }
@@ -115,10 +116,10 @@ pub(crate) unsafe fn sample<P: Pieces>(
 /// # Safety
 ///
 /// That of [`crate::stable_blocks`].
-pub(crate) unsafe fn stable<P: Pieces>(data: &[u8], guards: &mut [u64], parity: Parity) {
+pub(crate) unsafe fn stable<P: Pieces>(data: &[u8], guards: &mut [u64], parities: Parities) {
     for (index, (block, guard)) in data.chunks_exact(BLOCK).zip(guards).enumerate() {
-        // SAFETY: a chunk is one block; parity covers every block of the run.
-        *guard = unsafe { P::stable(block, parity.block(index)) };
+        // SAFETY: a chunk is one block; the parities cover every block of the run.
+        *guard = unsafe { P::stable(block, parities.block(index)) };
     }
 }
 

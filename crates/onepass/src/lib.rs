@@ -24,8 +24,9 @@
 //! | `tier.rs`     | which instruction set does the work                                 |
 //! | `by_block.rs` | load a block, then compute on the copy; words across block edges    |
 //! | `portable.rs` | the loops in plain Rust, for every machine                          |
-//! | `avx512.rs`   | the fused loop: load, store, CRC and XOR without leaving registers  |
+//! | `avx512.rs`   | the fused loop: load, store, CRC, P and Q without leaving registers |
 //! | `guard.rs`    | the CRC: its algebra and its constants                              |
+//! | `gf.rs`       | the field that Q is computed in; blocks made from P and Q           |
 //! | `fault.rs`    | memory that vanishes: recovery from SIGBUS and SIGSEGV              |
 
 #[cfg(not(all(
@@ -39,6 +40,7 @@ compile_error!("stableio-onepass recovers from faults on Linux, x86_64 or aarch6
 mod avx512;
 mod by_block;
 pub mod fault;
+pub mod gf;
 mod guard;
 mod portable;
 mod tier;
@@ -68,7 +70,7 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// What happens to the parity of a run of blocks.
+/// What happens to one parity of a run of blocks.
 ///
 /// Block `i` of the run goes to the parity bytes `[i * BLOCK, (i + 1) * BLOCK)`. The pointer
 /// stays the caller's: the kernels write through it during the call and do not keep it.
@@ -96,38 +98,69 @@ impl Parity {
     }
 }
 
+/// What happens to the parities of a run of blocks that lie in one column of their rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parities {
+    /// P takes up the data as it is.
+    pub p: Parity,
+    /// Q takes up the data times `coefficient`.
+    pub q: Parity,
+    /// `g^k` for data column `k`: [`gf::exp`]. Without Q it means nothing.
+    pub coefficient: u8,
+}
+
+impl Parities {
+    /// No parity.
+    pub const NONE: Parities = Parities::only_p(Parity::None);
+
+    /// P without Q.
+    pub const fn only_p(p: Parity) -> Parities {
+        Parities { p, q: Parity::None, coefficient: 0 }
+    }
+
+    /// Q without P.
+    pub const fn only_q(q: Parity, coefficient: u8) -> Parities {
+        Parities { p: Parity::None, q, coefficient }
+    }
+
+    /// The parities of block `index` of the run.
+    pub(crate) fn block(self, index: usize) -> Parities {
+        Parities { p: self.p.block(index), q: self.q.block(index), ..self }
+    }
+}
+
 /// Copies `guards.len()` blocks of foreign memory to `dst`, and computes the guard of each and
-/// parity on the way.
+/// the parities on the way.
 ///
 /// Everything is made from one load of each byte (ONCE-1): on return `guards[i]` is the guard of
-/// block `i` of `dst`, and parity has changed by exactly the bytes of `dst`.
+/// block `i` of `dst`, P has changed by exactly the bytes of `dst`, and Q by their multiples.
 ///
 /// # Errors
 ///
-/// [`Fault`] if `src` was not accessible. `dst`, `guards` and parity are then initialised as far
-/// as they were before, but their contents are unspecified: parity may have taken up a part of the
-/// data and must be thrown away.
+/// [`Fault`] if `src` was not accessible. `dst`, `guards` and the parities are then initialised as
+/// far as they were before, but their contents are unspecified: a parity may have taken up a part
+/// of the data and must be thrown away.
 ///
 /// # Safety
 ///
 /// - `src` is the start of `guards.len() * BLOCK` bytes of address space, of any alignment, in
 ///   which nothing but foreign memory lies. They may be inaccessible.
-/// - `dst` is valid for writes of as many bytes, of any alignment; so is the parity pointer, and
-///   for reads of initialised bytes too if it is [`Parity::Xor`].
-/// - `src`, `dst`, `guards` and parity do not overlap, and nobody else touches the last three
+/// - `dst` is valid for writes of as many bytes, of any alignment; so is the pointer of each
+///   parity, and for reads of initialised bytes too if it is [`Parity::Xor`].
+/// - `src`, `dst`, `guards`, P and Q do not overlap, and nobody else touches any but the first
 ///   during the call.
 /// - This thread does not block SIGBUS and SIGSEGV.
 pub unsafe fn stabilize_blocks(
     src: *const u8,
     dst: *mut u8,
     guards: &mut [u64],
-    parity: Parity,
+    parities: Parities,
 ) -> Result<(), Fault> {
     // SAFETY: the caller's promises are those of the kernel.
-    unsafe { (Kernels::chosen().stabilize_blocks)(src, dst, guards, parity) }
+    unsafe { (Kernels::chosen().stabilize_blocks)(src, dst, guards, parities) }
 }
 
-/// Computes guards and parity of foreign memory where it lies, without copying it.
+/// Computes guards and parities of foreign memory where it lies, without copying it.
 ///
 /// This is for memory that is promised to be stable, and for verifying in place: the guards
 /// belong to the bytes as they were loaded (once, ONCE-1), and say nothing about the bytes that
@@ -135,7 +168,7 @@ pub unsafe fn stabilize_blocks(
 ///
 /// # Errors
 ///
-/// [`Fault`] if `src` was not accessible; `guards` and parity are then unspecified, as in
+/// [`Fault`] if `src` was not accessible; `guards` and parities are then unspecified, as in
 /// [`stabilize_blocks`].
 ///
 /// # Safety
@@ -144,13 +177,13 @@ pub unsafe fn stabilize_blocks(
 pub unsafe fn sample_blocks(
     src: *const u8,
     guards: &mut [u64],
-    parity: Parity,
+    parities: Parities,
 ) -> Result<(), Fault> {
     // SAFETY: the caller's promises are those of the kernel.
-    unsafe { (Kernels::chosen().sample_blocks)(src, guards, parity) }
+    unsafe { (Kernels::chosen().sample_blocks)(src, guards, parities) }
 }
 
-/// Computes guards and parity of our own, stable memory.
+/// Computes guards and parities of our own, stable memory.
 ///
 /// # Panics
 ///
@@ -158,13 +191,13 @@ pub unsafe fn sample_blocks(
 ///
 /// # Safety
 ///
-/// The parity pointer is valid for writes of `data.len()` bytes (and for reads of initialised
-/// bytes if it is [`Parity::Xor`]), overlaps neither `data` nor `guards`, and nobody else touches
-/// those bytes during the call.
-pub unsafe fn stable_blocks(data: &[u8], guards: &mut [u64], parity: Parity) {
+/// The pointer of each parity is valid for writes of `data.len()` bytes (and for reads of
+/// initialised bytes if it is [`Parity::Xor`]), overlaps neither `data` nor `guards` nor the other
+/// parity, and nobody else touches those bytes during the call.
+pub unsafe fn stable_blocks(data: &[u8], guards: &mut [u64], parities: Parities) {
     assert_eq!(data.len(), guards.len() * BLOCK, "one guard per block");
     // SAFETY: the lengths agree; the caller's promise about parity is the kernel's.
-    unsafe { (Kernels::chosen().stable_blocks)(data, guards, parity) }
+    unsafe { (Kernels::chosen().stable_blocks)(data, guards, parities) }
 }
 
 /// Copies `len` bytes of foreign memory to `dst`, each loaded once.

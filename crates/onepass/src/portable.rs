@@ -1,9 +1,8 @@
 //! The loops in plain Rust: volatile words, `crc-fast`, and an XOR that the compiler vectorises.
 
-use crate::BLOCK;
-use crate::Parity;
 use crate::by_block::{Pieces, WORD, to_word_boundary};
 use crate::guard::guard;
+use crate::{BLOCK, Parities, Parity, gf};
 
 /// The pieces that run on every machine.
 pub(crate) struct Portable;
@@ -67,13 +66,27 @@ impl Pieces for Portable {
         difference != 0
     }
 
-    unsafe fn stable(block: &[u8], parity: Parity) -> u64 {
-        match parity {
-            Parity::None => {}
-            // SAFETY: parity is valid for a block and does not overlap it.
-            Parity::Set(p) => unsafe { p.copy_from_nonoverlapping(block.as_ptr(), BLOCK) },
-            // SAFETY: as above, and it is initialised; nobody else touches it during the call.
-            Parity::Xor(p) => xor_into(unsafe { std::slice::from_raw_parts_mut(p, BLOCK) }, block),
+    unsafe fn stable(block: &[u8], parities: Parities) -> u64 {
+        let Parities { p, q, coefficient } = parities;
+        // SAFETY: both are valid for a block, initialised if they are to be read, and overlap
+        // neither it nor each other; nobody else touches them during the call.
+        unsafe {
+            match p {
+                Parity::None => {}
+                Parity::Set(p) => p.copy_from_nonoverlapping(block.as_ptr(), BLOCK),
+                Parity::Xor(p) => xor_into(std::slice::from_raw_parts_mut(p, BLOCK), block),
+            }
+            match q {
+                Parity::None => {}
+                Parity::Set(q) => {
+                    q.copy_from_nonoverlapping(block.as_ptr(), BLOCK);
+                    scale(std::slice::from_raw_parts_mut(q, BLOCK), coefficient);
+                }
+                Parity::Xor(q) => {
+                    let q = std::slice::from_raw_parts_mut(q, BLOCK);
+                    mul_xor_into(q, block, coefficient);
+                }
+            }
         }
         guard(block)
     }
@@ -84,6 +97,45 @@ pub(crate) fn xor_into(dst: &mut [u8], src: &[u8]) {
     for (d, s) in dst.iter_mut().zip(src) {
         *d ^= s;
     }
+}
+
+/// Adds `c * src` to `dst`, as far as the shorter of them reaches.
+pub(crate) fn mul_xor_into(dst: &mut [u8], src: &[u8], c: u8) {
+    let len = dst.len().min(src.len());
+    let (dst, dst_rest) = dst[..len].as_chunks_mut::<GROUP>();
+    let (src, src_rest) = src[..len].as_chunks::<GROUP>();
+    for (d, s) in dst.iter_mut().zip(src) {
+        xor_into(d, &product(s, c));
+    }
+    for (d, s) in dst_rest.iter_mut().zip(src_rest) {
+        *d ^= gf::mul(*s, c);
+    }
+}
+
+/// Multiplies each byte by `c`.
+pub(crate) fn scale(buf: &mut [u8], c: u8) {
+    let (groups, rest) = buf.as_chunks_mut::<GROUP>();
+    groups.iter_mut().for_each(|group| *group = product(group, c));
+    rest.iter_mut().for_each(|byte| *byte = gf::mul(*byte, c));
+}
+
+/// Bytes that are multiplied together: enough words for the compiler to make vectors of them.
+const GROUP: usize = 8 * WORD;
+
+/// `c * data`, by doubling (Horner's rule), from the highest bit of `c` that is set.
+fn product(data: &[u8; GROUP], c: u8) -> [u8; GROUP] {
+    let (words, _) = data.as_chunks::<WORD>();
+    let mut sums = [0; GROUP / WORD];
+    for bit in (0..8 - c.leading_zeros()).rev() {
+        let taken = 0_u64.wrapping_sub(u64::from(c >> bit & 1));
+        for (sum, word) in sums.iter_mut().zip(words) {
+            *sum = gf::double_each(*sum) ^ (u64::from_ne_bytes(*word) & taken);
+        }
+    }
+    let mut product = [0; GROUP];
+    let (words, _) = product.as_chunks_mut::<WORD>();
+    words.iter_mut().zip(sums).for_each(|(word, sum)| *word = sum.to_ne_bytes());
+    product
 }
 
 /// Copies less than a word of foreign memory, byte by byte.

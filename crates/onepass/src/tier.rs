@@ -5,14 +5,15 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 use crate::avx512::{self, Avx512};
 use crate::portable::{self, Portable};
-use crate::{Fault, Parity, by_block};
+use crate::{Fault, Parities, by_block};
 
 /// An implementation of the kernels. All of them compute the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tier {
     /// Plain Rust and the `crc-fast` crate: every machine.
     Portable,
-    /// One fused loop over 512-bit registers: AVX-512 (F, BW, VL) with VPCLMULQDQ.
+    /// One fused loop over 512-bit registers: AVX-512 (F, BW, VL) with VPCLMULQDQ, and with GFNI
+    /// where there is one.
     Avx512,
 }
 
@@ -38,20 +39,23 @@ pub fn available_tiers() -> &'static [Tier] {
 }
 
 /// The kernels of one tier, with the contracts of the functions of the same names in the crate's
-/// root; for tests and benches, which compare tiers within one process.
+/// root and in [`crate::gf`]; for tests and benches, which compare tiers within one process.
 #[doc(hidden)]
 #[allow(missing_docs, clippy::type_complexity)]
 pub struct Kernels {
-    pub stabilize_blocks: unsafe fn(*const u8, *mut u8, &mut [u64], Parity) -> Result<(), Fault>,
-    pub sample_blocks: unsafe fn(*const u8, &mut [u64], Parity) -> Result<(), Fault>,
+    pub stabilize_blocks: unsafe fn(*const u8, *mut u8, &mut [u64], Parities) -> Result<(), Fault>,
+    pub sample_blocks: unsafe fn(*const u8, &mut [u64], Parities) -> Result<(), Fault>,
     /// Does not check the lengths: `data.len() == guards.len() * BLOCK` is the caller's duty.
-    pub stable_blocks: unsafe fn(&[u8], &mut [u64], Parity),
+    pub stable_blocks: unsafe fn(&[u8], &mut [u64], Parities),
     pub copy_in: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub copy_out: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub zero_out: unsafe fn(*mut u8, usize) -> Result<(), Fault>,
     pub differ: unsafe fn(*const u8, *const u8, usize) -> Result<bool, Fault>,
     /// XORs as many bytes as the shorter of the two slices has.
     pub xor_into: fn(&mut [u8], &[u8]),
+    /// Adds the products of as many bytes as the shorter of the two slices has.
+    pub mul_xor_into: fn(&mut [u8], &[u8], u8),
+    pub scale: fn(&mut [u8], u8),
 }
 
 impl Kernels {
@@ -84,6 +88,8 @@ static PORTABLE: Kernels = Kernels {
     zero_out: by_block::zero_out::<Portable>,
     differ: by_block::differ::<Portable>,
     xor_into: portable::xor_into,
+    mul_xor_into: portable::mul_xor_into,
+    scale: portable::scale,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -96,4 +102,6 @@ static AVX512: Kernels = Kernels {
     zero_out: by_block::zero_out::<Avx512>,
     differ: by_block::differ::<Avx512>,
     xor_into: avx512::xor_into,
+    mul_xor_into: avx512::mul_xor_into,
+    scale: avx512::scale,
 };

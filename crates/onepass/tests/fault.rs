@@ -7,7 +7,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::ptr;
 
-use onepass::{BLOCK, Fault, Kernels, Parity, available_tiers, fault};
+use onepass::{BLOCK, Fault, Kernels, Parities, Parity, available_tiers, fault};
 use stableio_onepass as onepass;
 
 const PAGE: usize = 4096;
@@ -89,19 +89,21 @@ fn killed(name: &str, body: impl FnOnce()) -> (Option<i32>, String) {
 fn every_kernel_reports_the_gap_and_lives() {
     let mapping = Mapping::half_gone(8 * PAGE);
     let mut buffer = vec![0; mapping.len];
-    let mut parity = vec![0; mapping.len];
+    let (mut p, mut q) = (vec![0; mapping.len], vec![0; mapping.len]);
     for kernels in available_tiers().iter().map(|tier| Kernels::of(*tier).unwrap()) {
         for offset in [0, 8, 3, 64, 100] {
             let src = mapping.start.wrapping_add(offset);
             let blocks = (mapping.len - offset) / BLOCK;
             let mut guards = vec![0; blocks];
-            for mode in [Parity::None, Parity::Set(parity.as_mut_ptr())] {
+            let (p, q) = (Parity::Set(p.as_mut_ptr()), Parity::Set(q.as_mut_ptr()));
+            let both = Parities { p, q, coefficient: 29 };
+            for parities in [Parities::NONE, Parities::only_p(p), both] {
                 let ours = buffer.as_mut_ptr();
-                // SAFETY: buffer and parity are as long as the mapping, which nobody else uses.
+                // SAFETY: buffer, P and Q are as long as the mapping, which nobody else uses.
                 unsafe {
-                    let done = (kernels.stabilize_blocks)(src, ours, &mut guards, mode);
+                    let done = (kernels.stabilize_blocks)(src, ours, &mut guards, parities);
                     assert_eq!(done, mapping.gap());
-                    let done = (kernels.sample_blocks)(src, &mut guards, mode);
+                    let done = (kernels.sample_blocks)(src, &mut guards, parities);
                     assert_eq!(done, mapping.gap());
                 }
             }
@@ -129,7 +131,7 @@ fn unmapped_memory_is_a_fault_too() {
     assert_eq!(denied, 0);
     let mut guards = [0; 2];
     // SAFETY: no parity; the range is nobody's but ours, and inaccessible.
-    let done = unsafe { onepass::sample_blocks(start, &mut guards, Parity::None) };
+    let done = unsafe { onepass::sample_blocks(start, &mut guards, Parities::NONE) };
     assert_eq!(done, Err(Fault { addr: start.addr() }));
 }
 
@@ -156,7 +158,7 @@ fn ten_thousand_faults_on_each_of_two_threads() {
                     mapping.start,
                     copy.as_mut_ptr(),
                     &mut [0; 2],
-                    Parity::None,
+                    Parities::NONE,
                 )
             };
             assert_eq!(done, mapping.gap());

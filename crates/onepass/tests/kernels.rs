@@ -1,6 +1,6 @@
 //! Every tier computes what the bytewise definitions say, whatever the alignment and length.
 
-use onepass::{BLOCK, Kernels, Parity, Tier, available_tiers, guard, guard_of_xor};
+use onepass::{BLOCK, Kernels, Parities, Parity, Tier, available_tiers, guard, guard_of_xor};
 use proptest::prelude::*;
 use stableio_onepass as onepass;
 
@@ -10,6 +10,15 @@ fn naive_guard(bytes: &[u8]) -> u64 {
     !bytes.iter().fold(u64::MAX, |crc, byte| {
         (0..8).fold(crc ^ u64::from(*byte), |crc, _| (crc >> 1) ^ (polynomial * (crc & 1)))
     })
+}
+
+/// `a * b` in GF(2^8) as it is defined: the product of polynomials, and its remainder.
+fn naive_mul(a: u8, b: u8) -> u8 {
+    let product = (0..8).filter(|bit| b >> bit & 1 == 1).fold(0, |p, bit| p ^ u16::from(a) << bit);
+    let rest = (8..15).rev().fold(product, |rest, bit| {
+        if rest >> bit & 1 == 1 { rest ^ 0x11d << (bit - 8) } else { rest }
+    });
+    rest as u8
 }
 
 /// Bytes without a pattern, different for each seed (the generator is splitmix64).
@@ -51,6 +60,29 @@ impl Mode {
     }
 }
 
+/// What the kernels are to do with P and Q, and the oracle of it.
+#[derive(Debug, Clone)]
+struct Wanted {
+    p: (Mode, Destination),
+    q: (Mode, Destination),
+    coefficient: u8,
+}
+
+impl Wanted {
+    fn parities(&mut self) -> Parities {
+        let (p, q) = (self.p.0.of(self.p.1.content()), self.q.0.of(self.q.1.content()));
+        Parities { p, q, coefficient: self.coefficient }
+    }
+
+    /// Panics unless P and Q are those `before`, after taking up `data`.
+    fn check(&self, before: &Wanted, data: &[u8]) {
+        let product: Vec<u8> = data.iter().map(|d| naive_mul(*d, self.coefficient)).collect();
+        for (after, before, data) in [(&self.p, &before.p, data), (&self.q, &before.q, &product)] {
+            after.1.check(&after.0.expected(before.1.read(), data));
+        }
+    }
+}
+
 fn any_mode() -> impl Strategy<Value = Mode> {
     prop_oneof![Just(Mode::None), Just(Mode::Set), Just(Mode::Xor)]
 }
@@ -60,8 +92,10 @@ const MARGIN: usize = 64;
 const UNTOUCHED: u8 = 0xa5;
 
 /// A destination with margins, at an offset from a 64-byte boundary.
+#[derive(Debug)]
 struct Destination {
     bytes: Vec<u8>,
+    offset: usize,
     start: usize,
     len: usize,
 }
@@ -70,7 +104,7 @@ impl Destination {
     fn new(offset: usize, len: usize) -> Destination {
         let bytes = vec![UNTOUCHED; len + 3 * MARGIN + offset];
         let start = bytes.as_ptr().align_offset(64) + MARGIN + offset;
-        Destination { bytes, start, len }
+        Destination { bytes, offset, start, len }
     }
 
     fn with(offset: usize, content: &[u8]) -> Destination {
@@ -83,11 +117,22 @@ impl Destination {
         &mut self.bytes[self.start..self.start + self.len]
     }
 
+    fn read(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+
     fn check(&self, expected: &[u8]) {
         let (before, rest) = self.bytes.split_at(self.start);
         let (content, behind) = rest.split_at(self.len);
         assert!(content == expected, "wrong content");
         assert!(before.iter().chain(behind).all(|b| *b == UNTOUCHED), "wrote outside the range");
+    }
+}
+
+impl Clone for Destination {
+    /// At the same offset.
+    fn clone(&self) -> Destination {
+        Destination::with(self.offset, self.read())
     }
 }
 
@@ -103,47 +148,117 @@ proptest! {
 
     #[test]
     fn stabilize_and_sample(
-        seed: u64, blocks in 0_usize..6, mode in any_mode(),
-        src_offset in 0_usize..72, dst_offset in 0_usize..72, parity_offset in 0_usize..72,
+        seed: u64, blocks in 0_usize..6, modes in (any_mode(), any_mode()), coefficient: u8,
+        src_offset in 0_usize..72, dst_offset in 0_usize..72,
+        p_offset in 0_usize..72, q_offset in 0_usize..72,
     ) {
         let len = blocks * BLOCK;
         let data = noise(seed, len);
-        let old_parity = noise(!seed, len);
+        let before = Wanted {
+            p: (modes.0, Destination::with(p_offset, &noise(!seed, len))),
+            q: (modes.1, Destination::with(q_offset, &noise(!seed ^ 1, len))),
+            coefficient,
+        };
         let expected: Vec<u64> = data.chunks(BLOCK).map(naive_guard).collect();
         let mut src = Destination::with(src_offset, &data);
 
         each_tier(|tier, kernels| {
             let mut dst = Destination::new(dst_offset, len);
-            let mut parity = Destination::with(parity_offset, &old_parity);
+            let mut parities = before.clone();
             let mut guards = vec![0; blocks];
-            // SAFETY: `dst` and parity are as long as the source, and nobody else has any of them.
+            // SAFETY: `dst`, P and Q are as long as the source, and nobody else has any of them.
             unsafe {
                 (kernels.stabilize_blocks)(
                     src.content().as_ptr(), dst.content().as_mut_ptr(), &mut guards,
-                    mode.of(parity.content()),
+                    parities.parities(),
                 )
             }.expect("memory is there");
             assert_eq!(guards, expected, "stabilize_blocks of {tier:?}");
             dst.check(&data);
-            parity.check(&mode.expected(&old_parity, &data));
+            parities.check(&before, &data);
 
-            let mut parity = Destination::with(parity_offset, &old_parity);
+            let mut parities = before.clone();
             let mut guards = vec![0; blocks];
             let src_start = src.content().as_ptr();
             // SAFETY: as above.
-            unsafe { (kernels.sample_blocks)(src_start, &mut guards, mode.of(parity.content())) }
+            unsafe { (kernels.sample_blocks)(src_start, &mut guards, parities.parities()) }
                 .expect("memory is there");
             assert_eq!(guards, expected, "sample_blocks of {tier:?}");
-            parity.check(&mode.expected(&old_parity, &data));
+            parities.check(&before, &data);
 
-            let mut parity = Destination::with(parity_offset, &old_parity);
+            let mut parities = before.clone();
             let mut guards = vec![0; blocks];
             // SAFETY: as above.
-            unsafe {
-                (kernels.stable_blocks)(src.content(), &mut guards, mode.of(parity.content()));
-            }
+            unsafe { (kernels.stable_blocks)(src.content(), &mut guards, parities.parities()) };
             assert_eq!(guards, expected, "stable_blocks of {tier:?}");
-            parity.check(&mode.expected(&old_parity, &data));
+            parities.check(&before, &data);
+        });
+        src.check(&data);
+    }
+
+    /// The columns of a row, one after the other, as the passes of a write do it.
+    #[test]
+    fn parities_of_rows(
+        seed: u64, columns in 1_usize..15, blocks in 1_usize..4, offset in 0_usize..72,
+    ) {
+        let len = blocks * BLOCK;
+        let data: Vec<_> = (0..columns).map(|k| noise(seed ^ k as u64, len)).collect();
+        let powers = std::iter::successors(Some(1), |power| Some(naive_mul(*power, 2)));
+        let (mut p, mut q) = (vec![0; len], vec![0; len]);
+        for (data, power) in data.iter().zip(powers) {
+            for (i, byte) in data.iter().enumerate() {
+                p[i] ^= byte;
+                q[i] ^= naive_mul(power, *byte);
+            }
+        }
+        each_tier(|tier, kernels| {
+            for kernel in 0..3 {
+                let (mut our_p, mut our_q) = (Destination::new(0, len), Destination::new(8, len));
+                for (k, data) in data.iter().enumerate() {
+                    let mode = if k == 0 { Mode::Set } else { Mode::Xor };
+                    let parities = Parities {
+                        p: mode.of(our_p.content()),
+                        q: mode.of(our_q.content()),
+                        coefficient: onepass::gf::exp(k),
+                    };
+                    let mut src = Destination::with(offset, data);
+                    let (mut dst, mut guards) = (vec![0; len], vec![0; blocks]);
+                    let start = src.content().as_ptr();
+                    let (dst, guards) = (dst.as_mut_ptr(), &mut guards);
+                    // SAFETY: as above.
+                    unsafe {
+                        match kernel {
+                            0 => (kernels.stabilize_blocks)(start, dst, guards, parities),
+                            1 => (kernels.sample_blocks)(start, guards, parities),
+                            _ => {
+                                (kernels.stable_blocks)(src.content(), guards, parities);
+                                Ok(())
+                            }
+                        }
+                    }
+                    .unwrap_or_else(|fault| panic!("{tier:?}: {fault}"));
+                }
+                our_p.check(&p);
+                our_q.check(&q);
+            }
+        });
+    }
+
+    #[test]
+    fn multiples(
+        seed: u64, len in 0_usize..1500, c: u8, src_offset in 0_usize..72, dst_offset in 0_usize..72,
+    ) {
+        let (data, old) = (noise(seed, len), noise(!seed, len));
+        let product: Vec<u8> = data.iter().map(|d| naive_mul(c, *d)).collect();
+        let mut src = Destination::with(src_offset, &data);
+        each_tier(|_, kernels| {
+            let mut dst = Destination::with(dst_offset, &old);
+            (kernels.mul_xor_into)(dst.content(), src.content(), c);
+            dst.check(&Mode::Xor.expected(&old, &product));
+
+            let mut dst = Destination::with(dst_offset, &data);
+            (kernels.scale)(dst.content(), c);
+            dst.check(&product);
         });
         src.check(&data);
     }
@@ -217,10 +332,12 @@ fn check_value_of_the_definition() {
 fn lengths_that_differ_are_refused() {
     let short = std::panic::catch_unwind(|| onepass::xor_into(&mut [0; 8], &[0; 9]));
     assert!(short.is_err());
+    let short = std::panic::catch_unwind(|| onepass::gf::mul_xor_into(&mut [0; 8], &[0; 9], 1));
+    assert!(short.is_err());
     let data = [0; BLOCK + 1];
     // SAFETY: no parity.
     let odd = std::panic::catch_unwind(|| unsafe {
-        onepass::stable_blocks(&data, &mut [0], Parity::None);
+        onepass::stable_blocks(&data, &mut [0], Parities::NONE);
     });
     assert!(odd.is_err());
 }

@@ -21,12 +21,14 @@ fn cache(_block: u64, _data: StableBuf) {}
 fn main() {
     let pool = Pool::new(1 << 20).unwrap();
     let mut memory = pool.try_reserve(pool.size()).unwrap().unwrap();
-    let pass = Pass { guards: true, rows: Some(RowShape { chunk_blocks: 1, columns: 2 }) };
+    let rows = RowShape { chunk_blocks: 1, columns: 2, parities: 2 };
+    let pass = Pass { guards: true, rows: Some(rows) };
 
     // A write: the copy, its guards and its parity fit each other.
     let (copy, sums) = doors::stabilize(foreign(), 0, pass, &mut memory).unwrap();
     assert_eq!(sums.guards[0], onepass::guard(copy.contiguous(0, BLOCK)));
     assert_eq!(sums.parity.unwrap().to_vec(), [0; BLOCK]);
+    assert_eq!(sums.q.unwrap().to_vec(), [7 ^ onepass::gf::mul(2, 7); BLOCK]);
 
     // A write of an issuer that is trusted: sums without a copy.
     let promised = doors::promise(foreign(), Grant::only_own_data());

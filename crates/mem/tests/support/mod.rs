@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::Arc;
 
-use mem::{BLOCK, ForeignBuf, Pass, Pool, PoolBuf, RowShape, Segment, Sums};
+use mem::{BLOCK, ForeignBuf, Pass, Pool, PoolBuf, RowShape, Segment, StableBuf, Sums};
 use stableio_mem as mem;
 use stableio_onepass as onepass;
 
@@ -178,17 +178,26 @@ pub(crate) fn pool_in_pieces(bytes: usize, seed: u64) -> (Arc<Pool>, Vec<PoolBuf
 /// Panics unless `sums` is what `pass` asks for, of `payload` at `at`.
 pub(crate) fn assert_sums(sums: &Sums, payload: &[u8], at: u64, pass: Pass) {
     if !pass.guards {
-        assert!(sums.guards.is_empty() && sums.parity.is_none() && sums.spans.is_empty());
+        assert!(sums.guards.is_empty() && sums.spans.is_empty());
+        assert!(sums.parity.is_none() && sums.q.is_none());
         return;
     }
     let blocks = whole_blocks(payload, at);
     let guards: Vec<u64> = blocks.iter().map(|(_, block)| onepass::guard(block)).collect();
     assert_eq!(sums.guards.as_slice(), guards, "a guard of every whole block");
     assert_eq!(sums.first_block, at.div_ceil(BLOCK as u64));
-    let expected = pass.rows.map_or(BTreeMap::new(), |shape| naive_parity(&blocks, shape));
-    assert!(placed_parity(sums) == expected, "parity of exactly the full rows");
-    let bytes = sums.parity.as_ref().map_or(0, |parity| parity.len());
-    assert_eq!(bytes, pass.parity_bytes(at, payload.len()));
+    let expected = pass.rows.map_or(BTreeMap::new(), |shape| naive_parities(&blocks, shape));
+    let rows = placed_rows(sums);
+    let part = |of: fn(&Parities) -> &Vec<u8>| -> Vec<_> { expected.values().map(of).collect() };
+    assert!(rows.keys().eq(expected.keys()), "parity of exactly the full rows");
+    assert!(placed(&rows, sums.parity.as_ref()).iter().eq(part(|row| &row.p)), "P of the rows");
+    if pass.rows.is_some_and(|shape| shape.parities == 2) {
+        assert!(placed(&rows, sums.q.as_ref()).iter().eq(part(|row| &row.q)), "Q of the rows");
+    } else {
+        assert!(sums.q.is_none(), "Q that nobody asked for");
+    }
+    let bytes = |parity: &Option<StableBuf>| parity.as_ref().map_or(0, |parity| parity.len());
+    assert_eq!(bytes(&sums.parity) + bytes(&sums.q), pass.parity_bytes(at, payload.len()));
 }
 
 /// The whole blocks of a payload that goes to `at`, with their numbers.
@@ -199,8 +208,14 @@ fn whole_blocks(payload: &[u8], at: u64) -> Vec<(u64, &[u8])> {
     (first..).zip(whole).collect()
 }
 
-/// Parity by stripe and row, of those rows whose every block is there.
-fn naive_parity(blocks: &[(u64, &[u8])], shape: RowShape) -> BTreeMap<(u64, u64), Vec<u8>> {
+/// P and Q of a row.
+struct Parities {
+    p: Vec<u8>,
+    q: Vec<u8>,
+}
+
+/// P and Q by stripe and row, of those rows whose every block is there.
+fn naive_parities(blocks: &[(u64, &[u8])], shape: RowShape) -> BTreeMap<(u64, u64), Parities> {
     let mut rows = BTreeMap::<(u64, u64), Vec<&[u8]>>::new();
     for (number, block) in blocks {
         let within = number % shape.stripe_blocks();
@@ -208,17 +223,37 @@ fn naive_parity(blocks: &[(u64, &[u8])], shape: RowShape) -> BTreeMap<(u64, u64)
         rows.entry(row).or_default().push(block);
     }
     rows.retain(|_, blocks| blocks.len() == shape.columns as usize);
-    let xor =
-        |blocks: Vec<&[u8]>| (0..BLOCK).map(|i| blocks.iter().fold(0, |p, b| p ^ b[i])).collect();
-    rows.into_iter().map(|(row, blocks)| (row, xor(blocks))).collect()
+    let of_bytes = |blocks: &[&[u8]], sum: fn(u8, u8) -> u8| {
+        (0..BLOCK).map(|i| blocks.iter().rev().fold(0, |s, b| sum(s, b[i]))).collect()
+    };
+    let parities = |blocks: Vec<&[u8]>| Parities {
+        p: of_bytes(&blocks, |sum, byte| sum ^ byte),
+        // Horner's rule: from the last column on, Q doubles.
+        q: of_bytes(&blocks, |sum, byte| naive_mul(sum, 2) ^ byte),
+    };
+    rows.into_iter().map(|(row, blocks)| (row, parities(blocks))).collect()
 }
 
-/// The parity blocks of `sums` by stripe and row, found by its spans.
-fn placed_parity(sums: &Sums) -> BTreeMap<(u64, u64), Vec<u8>> {
-    let parity = sums.parity.as_ref().map_or(Vec::new(), |parity| parity.to_vec());
+/// `a * b` in GF(2^8) with the polynomial 0x11d, bit by bit.
+pub(crate) fn naive_mul(a: u8, b: u8) -> u8 {
+    (0..8).rev().fold(0, |product, bit| {
+        let doubled = u16::from(product) << 1;
+        let reduced = if doubled > 0xff { doubled ^ 0x11d } else { doubled };
+        reduced as u8 ^ if b >> bit & 1 == 1 { a } else { 0 }
+    })
+}
+
+/// Where the parity of each stripe and row lies, by the spans of `sums`.
+fn placed_rows(sums: &Sums) -> BTreeMap<(u64, u64), usize> {
     let rows = sums.spans.iter().flat_map(|span| {
         let places = (span.at..).step_by(BLOCK);
         span.rows.clone().zip(places).map(|(row, at)| ((span.stripe, u64::from(row)), at))
     });
-    rows.map(|(row, at)| (row, parity[at..at + BLOCK].to_vec())).collect()
+    rows.collect()
+}
+
+/// The blocks of a parity in the order of the rows.
+fn placed(rows: &BTreeMap<(u64, u64), usize>, parity: Option<&StableBuf>) -> Vec<Vec<u8>> {
+    let bytes = parity.map_or(Vec::new(), |parity| parity.to_vec());
+    rows.values().map(|at| bytes[*at..at + BLOCK].to_vec()).collect()
 }
