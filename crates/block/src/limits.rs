@@ -35,7 +35,8 @@ pub struct Limits {
     pub memory_align: u32,
     /// Bytes of the largest request; the stack cuts larger ones.
     pub max_transfer: u32,
-    /// Bytes of the largest write that is never seen half done after a crash.
+    /// Bytes of the largest write, aligned to its length, that is never seen
+    /// half done after a crash.
     pub atomic: u32,
     /// Whether a flush does anything.
     pub cache: Cache,

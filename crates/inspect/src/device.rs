@@ -17,6 +17,7 @@ pub(crate) fn walk(walk: &mut Walk<'_>, number: DeviceNumber, depth: usize) {
         None => {
             let layer = Layer::new(depth, number.to_string(), "block device");
             walk.push(layer.unknown("this device is not in /sys", None));
+            walk.physical.push(None);
         }
     }
 }
@@ -26,24 +27,45 @@ pub(crate) fn walk_dir(walk: &mut Walk<'_>, dir: &Dir, depth: usize) {
     let name = dir.name();
     if dir.has("partition") {
         let layer = Layer::new(depth, name, "partition");
-        if walk.push(layer)
-            && let Some(disk) = dir.parent()
-        {
-            walk_dir(walk, &disk, depth + 1);
+        check_start(walk, dir);
+        match dir.parent() {
+            Some(disk) if walk.push(layer) => walk_dir(walk, &disk, depth + 1),
+            _ => walk.physical.push(None),
         }
         return;
     }
+    check_start(walk, dir);
     let layer = explained(walk.host, dir, Layer::new(depth, name, "disk"));
     let is_loop = layer.kind == "loop";
     if !walk.push(layer) {
+        walk.physical.push(None);
         return;
     }
-    if is_loop {
-        walk_backing_file(walk, dir, depth + 1);
+    let slaves = dir.dirs("slaves");
+    if slaves.is_empty() {
+        walk.physical.push(physical_block(dir));
     }
-    for below in dir.dirs("slaves") {
+    if is_loop {
+        // What it says itself counts: it takes no account of the disks that
+        // its file lies on.
+        let known = walk.physical.len();
+        walk_backing_file(walk, dir, depth + 1);
+        walk.physical.truncate(known);
+    }
+    for below in slaves {
         walk_dir(walk, &below, depth + 1);
     }
+}
+
+/// A device that begins inside a physical block has none of its own.
+fn check_start(walk: &mut Walk<'_>, dir: &Dir) {
+    if dir.text("alignment_offset").as_deref() != Some("0") {
+        walk.physical.push(None);
+    }
+}
+
+fn physical_block(dir: &Dir) -> Option<u32> {
+    dir.number("queue/physical_block_size").filter(|bytes: &u32| bytes.is_power_of_two())
 }
 
 /// What the device does with the data.

@@ -233,6 +233,9 @@ fn xfs(walk: &mut Walk<'_>, mount: &Mount, layer: Layer) -> DirectWrite {
         }
     };
     walk.push(layer);
+    if devices.len() < 1 + usize::from(mount.option("rtdev").is_some()) {
+        walk.physical.push(None);
+    }
     for device in devices {
         device::walk(walk, device, depth + 1);
     }
@@ -460,8 +463,9 @@ fn bcachefs(walk: &mut Walk<'_>, mount: &Mount, layer: Layer) -> DirectWrite {
     };
     walk.push(layer.redundant());
     for source in mount.source.split(':') {
-        if let Some(number) = number_of_path(walk.host, source) {
-            device::walk(walk, number, depth + 1);
+        match number_of_path(walk.host, source) {
+            Some(number) => device::walk(walk, number, depth + 1),
+            None => walk.physical.push(None),
         }
     }
     answer
@@ -536,6 +540,7 @@ fn below(walk: &mut Walk<'_>, mount: &Mount, depth: usize) {
         None => {
             let layer = Layer::new(depth, &mount.source, "block device");
             walk.push(layer.unknown("which device lies below is not known here", None));
+            walk.physical.push(None);
         }
     }
 }

@@ -145,6 +145,7 @@ impl Host {
     fn of_device(&self, path: &Path, subject: &Subject<'_>, number: DeviceNumber) -> Report {
         let mut walk = Walk::new(self);
         device::walk(&mut walk, number, 0);
+        let physical_block_bytes = walk.physical_block_bytes();
         let alignment = alignment(subject).or_else(|| device::alignment(self, number));
         let found = judge::Found {
             path: path.into(),
@@ -154,6 +155,7 @@ impl Host {
             direct_write: DirectWrite::StraightThrough,
             alignment,
             atomic_writes: subject.atomic.or_else(|| device::atomic_writes(self, number)),
+            physical_block_bytes,
         };
         judge::report(found)
     }
@@ -166,6 +168,10 @@ impl Host {
         let below = || device::alignment(self, mount.device);
         let is_direct = !matches!(direct_write, DirectWrite::NotDirect { .. });
         let alignment = alignment(subject).or_else(below).filter(|_| is_direct);
+        // The page cache may write a page while a program changes it.
+        let goes_there =
+            matches!(direct_write, DirectWrite::StraightThrough | DirectWrite::Bounced { .. });
+        let physical_block_bytes = walk.physical_block_bytes().filter(|_| goes_there);
         let found = judge::Found {
             path: path.into(),
             kernel: self.release.clone(),
@@ -179,6 +185,7 @@ impl Host {
             direct_write,
             alignment,
             atomic_writes: subject.atomic,
+            physical_block_bytes,
         };
         judge::report(found)
     }
@@ -250,11 +257,21 @@ fn alignment(subject: &Subject<'_>) -> Option<Alignment> {
 pub(crate) struct Walk<'a> {
     pub(crate) host: &'a Host,
     pub(crate) layers: Vec<Layer>,
+    /// The physical block of each disk at the bottom, in bytes; `None` where
+    /// that is not known.
+    pub(crate) physical: Vec<Option<u32>>,
 }
 
 impl<'a> Walk<'a> {
     fn new(host: &'a Host) -> Self {
-        Self { host, layers: Vec::new() }
+        Self { host, layers: Vec::new(), physical: Vec::new() }
+    }
+
+    /// The smallest of all; one that is not known makes the answer unknown
+    /// (INSP-1).
+    fn physical_block_bytes(&self) -> Option<u32> {
+        let all: Option<Vec<u32>> = self.physical.iter().copied().collect();
+        all?.into_iter().min()
     }
 
     /// Adds a layer; says whether to go on below it.

@@ -19,6 +19,7 @@ pub(crate) struct Found {
     pub(crate) direct_write: DirectWrite,
     pub(crate) alignment: Option<Alignment>,
     pub(crate) atomic_writes: Option<AtomicWrites>,
+    pub(crate) physical_block_bytes: Option<u32>,
 }
 
 /// What a layer does to memory that reaches it.
@@ -94,7 +95,8 @@ impl<'a> Course<'a> {
 }
 
 pub(crate) fn report(found: Found) -> Report {
-    let Found { path, kernel, file_system, layers, direct_write, alignment, atomic_writes } = found;
+    let Found { path, kernel, file_system, layers, direct_write, .. } = found;
+    let Found { alignment, atomic_writes, physical_block_bytes, .. } = found;
     let writes = Course::of(&layers, |layer| match &layer.writes {
         Writes::Passes => Effect::Passes,
         Writes::Copies => Effect::Copies,
@@ -117,6 +119,7 @@ pub(crate) fn report(found: Found) -> Report {
         direct_write,
         alignment,
         atomic_writes,
+        physical_block_bytes,
         write_radius: writes.radius,
         read_radius: reads.radius,
         shows: writes.hurt.or(reads.hurt).map(|(_, shows)| shows),

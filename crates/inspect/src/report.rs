@@ -214,6 +214,10 @@ pub struct Report {
     pub alignment: Option<Alignment>,
     /// Atomic writes, if there are any.
     pub atomic_writes: Option<AtomicWrites>,
+    /// The smallest physical block of the disks below, in bytes, where each
+    /// of them says it, every device on the way begins at a multiple of it,
+    /// and writes go straight there. A loop device counts as a disk.
+    pub physical_block_bytes: Option<u32>,
     /// Who is hurt when the memory of a write changes; `Everyone` where it is
     /// unknown.
     pub write_radius: Radius,

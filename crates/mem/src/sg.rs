@@ -69,6 +69,14 @@ impl SgList {
         self.len = left;
     }
 
+    /// Drops all but the first `bytes`.
+    pub fn truncate(&mut self, bytes: usize) {
+        if bytes < self.len {
+            self.segments = crate::foreign::clip(&self.segments, 0, bytes).collect();
+            self.len = bytes;
+        }
+    }
+
     /// Whether every segment begins and ends at a multiple of `align` bytes.
     pub fn is_aligned(&self, align: usize) -> bool {
         self.segments.iter().all(|s| (s.addr | s.len).is_multiple_of(align))
@@ -86,5 +94,31 @@ impl From<ForeignBuf> for SgList {
 impl std::fmt::Debug for SgList {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "SgList({} bytes in {} segments)", self.len, self.segments.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn both_ends_are_cut_at_any_byte() {
+        let segments = [(100, 10), (300, 15)].map(|(addr, len)| Segment { addr, len });
+        let list = SgList::of(segments, Arc::new(()));
+        let addresses = |list: &SgList| -> Vec<usize> {
+            list.segments().iter().flat_map(|s| s.addr..s.addr + s.len).collect()
+        };
+        let all = addresses(&list);
+        for at in 0..=25 {
+            let (mut front, mut back) = (list.duplicate(), list.duplicate());
+            front.truncate(at);
+            back.advance(at);
+            assert_eq!((front.len(), back.len()), (at, 25 - at));
+            assert_eq!([addresses(&front), addresses(&back)].concat(), all, "cut at {at}");
+        }
+        let mut whole = list.duplicate();
+        whole.truncate(26);
+        assert_eq!(addresses(&whole), all);
     }
 }

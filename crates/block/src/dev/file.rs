@@ -32,6 +32,8 @@ use crate::{Outcome, ring};
 
 /// Bytes of the largest single transfer.
 const MAX_TRANSFER: u32 = 1 << 20;
+/// Bytes of a sector.
+const SECTOR: u32 = 512;
 /// On a file system in memory a transfer is a copy, which io_uring hands to a
 /// thread of the kernel's. Up to this many bytes the worker copies itself:
 /// that takes less time than handing over (docs/adr/0004).
@@ -141,7 +143,7 @@ impl FileDevice {
             lock(&file, options.read_only).map_err(fail)?;
         }
         let whole = size(&file).map_err(fail)?;
-        let under = Under::of(&file, direct);
+        let under = Under::of(&file, is_block, direct);
         let geometry = Geometry::of(&file, is_block, direct, under.alignment);
         let size = options.size.unwrap_or(whole) / u64::from(geometry.logical)
             * u64::from(geometry.logical);
@@ -151,7 +153,7 @@ impl FileDevice {
             physical: geometry.physical,
             memory_align: geometry.memory_align,
             max_transfer: MAX_TRANSFER,
-            atomic: geometry.logical,
+            atomic: under.atomic,
             cache: Cache::Volatile,
             write_radius: under.write_radius,
             read_radius: under.read_radius,
@@ -263,11 +265,14 @@ impl Inner {
                     Ok(Reply::Data(buf.freeze()))
                 }
             },
-            Op::Write { at, body, .. } => in_place(body.into_segments(), |iov, count, done| {
-                let at = (at + done as u64) as libc::off_t;
-                // SAFETY: the list keeps the segments alive during the call.
-                unsafe { libc::pwritev(self.file.as_raw_fd(), iov, count, at) }
-            }),
+            Op::Write { at, body, fua, .. } => {
+                let flags = if fua { libc::RWF_DSYNC } else { 0 };
+                in_place(body.into_segments(), |iov, count, done| {
+                    let at = (at + done as u64) as libc::off_t;
+                    // SAFETY: the list keeps the segments alive during the call.
+                    unsafe { libc::pwritev2(self.file.as_raw_fd(), iov, count, at, flags) }
+                })
+            }
             _ => unreachable!("only reads and writes are copies"),
         }
     }
@@ -531,12 +536,17 @@ struct Under {
     write_radius: Radius,
     read_radius: Radius,
     alignment: Option<Alignment>,
+    atomic: u32,
     why: String,
 }
 
 impl Under {
-    fn of(file: &File, direct: bool) -> Self {
-        let (write_radius, read_radius, alignment, why) = match Host::this().of_file(file) {
+    fn of(file: &File, is_block: bool, direct: bool) -> Self {
+        let report = Host::this().of_file(file);
+        // The page cache may write a page while the next copy goes into it.
+        let physical = report.as_ref().ok().filter(|_| direct).and_then(|r| r.physical_block_bytes);
+        let atomic = atomic(file, is_block, physical);
+        let (write_radius, read_radius, alignment, why) = match report {
             _ if !direct => {
                 let why = "every transfer is a copy through the page cache".to_owned();
                 (Radius::Nobody, Radius::Nobody, None, why)
@@ -546,7 +556,33 @@ impl Under {
             }
             Err(error) => (Radius::Everyone, Radius::Everyone, None, error.to_string()),
         };
-        Self { write_radius, read_radius, alignment, why }
+        Self { write_radius, read_radius, alignment, atomic, why }
+    }
+}
+
+/// Bytes of the largest aligned write that no crash leaves half done:
+/// [`Limits::atomic`].
+///
+/// Assumed of every disk: power failure does not tear the write of one
+/// aligned physical block (`queue/physical_block_size`). So it is the
+/// smallest physical block of the disks below; of a file no more than a block
+/// of its file system, since its blocks may lie apart. At most 4096 bytes;
+/// 512, the sector that every disk keeps whole, where it is not known, and
+/// through the page cache. What lies in memory is lost with the power, and a
+/// process that dies has copied a page whole or not at all.
+fn atomic(file: &File, is_block: bool, physical: Option<u32>) -> u32 {
+    if is_in_memory(file) {
+        return BLOCK as u32;
+    }
+    let Some(physical) = physical else { return SECTOR };
+    let apart = match is_block {
+        true => BLOCK as u64,
+        false => rustix::fs::fstatvfs(file).map_or(0, |s| s.f_frsize),
+    };
+    match apart {
+        0 => SECTOR,
+        // A power of two that divides it.
+        _ => physical.min(1 << apart.trailing_zeros().min(12)).max(SECTOR),
     }
 }
 
@@ -596,10 +632,12 @@ fn ioctl_u32(file: &File, request: libc::Ioctl) -> Option<u32> {
 }
 
 /// Whether the file lies in memory (tmpfs, ramfs), where a transfer is a copy
-/// and never waits for a disk.
+/// and never waits for a disk. A device does not, though its node in `/dev`
+/// does.
 fn is_in_memory(file: &File) -> bool {
-    rustix::fs::fstatfs(file)
-        .is_ok_and(|s| matches!(s.f_type as u64 & 0xffff_ffff, 0x0102_1994 | 0x8584_58f6))
+    file.metadata().is_ok_and(|file| file.is_file())
+        && rustix::fs::fstatfs(file)
+            .is_ok_and(|s| matches!(s.f_type as u64 & 0xffff_ffff, 0x0102_1994 | 0x8584_58f6))
 }
 
 #[cfg(test)]
@@ -607,6 +645,23 @@ mod tests {
     use super::*;
     use crate::Worker;
     use stableio_mem::StableBuf;
+
+    #[test]
+    fn the_atomic_unit_is_what_the_host_says() {
+        let in_memory = tempfile::tempfile_in("/dev/shm").unwrap();
+        assert_eq!(Under::of(&in_memory, false, false).atomic, 4096);
+        assert!(is_in_memory(&in_memory));
+        assert!(!is_in_memory(&File::open("/dev/null").unwrap()), "only its node is");
+        let file = tempfile::tempfile_in(".").unwrap();
+        assert_eq!(Under::of(&file, false, false).atomic, 512, "through the page cache");
+        let placed = rustix::fs::fstatvfs(&file).unwrap().f_frsize;
+        assert!(placed >= 4096, "this test's disk has blocks of {placed} bytes");
+        for (physical, expected) in
+            [(None, 512), (Some(512), 512), (Some(4096), 4096), (Some(16384), 4096)]
+        {
+            assert_eq!(atomic(&file, false, physical), expected, "{physical:?}");
+        }
+    }
 
     fn fill(seed: u8, len: usize) -> Vec<u8> {
         (0..len).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect()
@@ -629,6 +684,11 @@ mod tests {
             let data = fill(3, 3 << 20);
             let body = || Body::Stable(StableBuf::from_owned(data.clone()));
             stack.submit(Request::write(1 << 20, body(), false)).wait().unwrap();
+            // FUA goes by the copy, by the ring and by the kernel's thread.
+            for len in [512, 16 << 10, 3 << 20] {
+                let body = Body::Stable(StableBuf::from_owned(data[..len].to_vec()));
+                stack.submit(Request::write(1 << 20, body, true)).wait().unwrap();
+            }
             stack.submit(Request::flush()).wait().unwrap();
             for (at, len) in
                 [(1u64 << 20, 1usize << 20), ((1 << 20) + 4096, 512 * 7), (3 << 20, 4096)]

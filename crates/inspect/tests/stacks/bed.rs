@@ -47,6 +47,8 @@ impl Bed {
         self.write(&format!("{dir}/queue/stable_writes"), flag);
         self.write(&format!("{dir}/queue/logical_block_size"), "512\n");
         self.write(&format!("{dir}/queue/dma_alignment"), "3\n");
+        self.write(&format!("{dir}/queue/physical_block_size"), "512\n");
+        self.write(&format!("{dir}/alignment_offset"), "0\n");
         for (name, text) in attributes {
             self.write(&format!("{dir}/{name}"), &format!("{text}\n"));
         }
@@ -56,6 +58,7 @@ impl Bed {
     pub(crate) fn partition(&mut self, disk: &str, name: &str) -> String {
         let dir = format!("sys/devices/{disk}/{name}");
         self.write(&format!("{dir}/partition"), "1\n");
+        self.write(&format!("{dir}/alignment_offset"), "0\n");
         self.number(&dir)
     }
 

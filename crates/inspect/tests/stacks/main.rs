@@ -572,3 +572,44 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_physical_block_is_the_smallest_below() {
+    const BIG: (&str, &str) = ("queue/physical_block_size", "4096");
+    assert_eq!(on_disk("ext4", "vda", false, &[]).report(NOW).physical_block_bytes, Some(512));
+    let mut bed = on_disk("xfs", "vda", false, &[BIG]);
+    assert_eq!(bed.report(NOW).physical_block_bytes, Some(4096));
+    bed.write("sys/devices/vda/alignment_offset", "1024\n");
+    assert_eq!(bed.report(NOW).physical_block_bytes, None, "it begins inside a block");
+    for (sdb, expected) in [("4096", Some(4096)), ("512", Some(512)), ("a lot", None)] {
+        // Itself it says the largest of its disks.
+        bed = md("raid0", false, &[BIG]);
+        for (disk, size) in [("sda", "4096"), ("sdb", sdb), ("sdc", "4096")] {
+            bed.write(&format!("sys/devices/{disk}/queue/physical_block_size"), size);
+        }
+        assert_eq!(bed.report(NOW).physical_block_bytes, expected, "{sdb}");
+    }
+    let mut bed = Bed::new();
+    bed.disk("sda", false, &[BIG]);
+    let number = bed.partition("sda", "sda1");
+    bed.mount(&number, "/mnt", "ext4", "/dev/sda1", "");
+    assert_eq!(bed.report(NOW).physical_block_bytes, Some(4096));
+    bed.write("sys/devices/sda/sda1/alignment_offset", "3584\n");
+    assert_eq!(bed.report(NOW).physical_block_bytes, None, "the partition begins at sector 63");
+}
+
+#[test]
+fn the_physical_block_counts_only_where_writes_go_straight_there() {
+    let bed = loop_on("1");
+    bed.write("sys/devices/loop0/queue/physical_block_size", "4096");
+    let reports = bed.host(NOW).mounted();
+    let report = reports.iter().find(|r| r.path.ends_with("mnt")).unwrap();
+    assert_eq!(report.physical_block_bytes, Some(4096), "by the loop device alone");
+    let remote = Bed::new();
+    remote.mount("0:40", "/mnt", "nfs4", "server:/export", "vers=4.0");
+    assert_eq!(remote.report(NOW).physical_block_bytes, None);
+    let mut bed = Bed::new();
+    let number = bed.disk("vda", false, &[]);
+    bed.mount(&number, "/mnt", "ext4", "/dev/vda", "data=journal");
+    assert_eq!(bed.report(NOW).physical_block_bytes, None, "through the page cache");
+}
