@@ -27,6 +27,17 @@ pub(crate) enum Unit {
     GbPerS,
 }
 
+impl Unit {
+    /// The figure of a load that moved this many bytes a second, in requests of `block`.
+    pub(crate) fn of(self, bytes_per_s: f64, block: usize) -> f64 {
+        match self {
+            Unit::OpsPerS => bytes_per_s / block as f64,
+            Unit::MibPerS => bytes_per_s / f64::from(1 << 20),
+            Unit::GbPerS => bytes_per_s / 1e9,
+        }
+    }
+}
+
 /// One of the two that are compared: where to send the load, or why that is not possible.
 ///
 /// A side that fails stays out of all later rows, and each of them says why.

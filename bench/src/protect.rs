@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use stableio_array::array::ArrayOptions;
 use stableio_array::superblock::Id;
-use stableio_array::{Array, Assembly, Geometry, Level, RoleState, Superblock};
+use stableio_array::{Array, Assembly, Attached, Geometry, Level, RoleEntry, Superblock};
 use stableio_block::dev::{NullDevice, RamDevice};
 use stableio_block::{Body, Device, Error, Handle, Request, Stack, Worker, exec};
 use stableio_mem::{ForeignBuf, Grant, Pool, Segment, StableBuf};
@@ -111,14 +111,12 @@ impl Bed {
         let worker = Worker::start("protect")?;
         let assembly = assembly(level)?;
         let members = assembly.superblock.geometry.members;
-        let devices = (0..members).map(|_| Ok(Some(medium.device(worker.handle())?)));
-        let array = Array::over(
-            &assembly,
-            devices.collect::<io::Result<_>>()?,
-            vec![String::new(); members],
-            ArrayOptions::default(),
-            worker.handle(),
-        )?;
+        let attached = (0..members).map(|_| {
+            let device = Some(medium.device(worker.handle())?);
+            Ok(Attached { name: String::new(), device, incoming: None })
+        });
+        let attached = attached.collect::<io::Result<_>>()?;
+        let array = Array::over(&assembly, attached, ArrayOptions::default(), worker.handle())?;
         let pool = Pool::new(64 << 20)?;
         let stack = Stack::new("protect", array.device().clone(), pool, worker.handle().clone());
         let bed = Self { array, stack, memory: SharedMemory::new(DEPTH * LARGEST)?, worker };
@@ -238,18 +236,30 @@ impl Medium {
 fn assembly(level: Level) -> anyhow::Result<Assembly> {
     let members = *level.members().start();
     let geometry = Geometry::new(level, members, CHUNK_BYTES, MEMBER_BYTES)?;
-    let roles: Vec<_> = (0..members).map(|_| (Id::random(), RoleState::InSync)).collect();
+    let roles: Vec<_> = (0..members).map(|_| RoleEntry::in_sync(Id::random())).collect();
     let superblock = Superblock {
         array: Id::random(),
         name: "protect".to_owned(),
-        member: roles[0].0,
+        member: roles[0].id,
         role: 0,
         generation: 1,
         epoch: 0,
         in_use: false,
+        // What is compared is the way of the payload.
+        log: false,
         created: 0,
         geometry,
+        atomic_unit: 4096,
+        log_from: 1,
+        scrub: None,
+        histories: Vec::new(),
         roles,
     };
-    Ok(Assembly { superblock, members: vec![None; members], notes: Vec::new(), crashed: false })
+    Ok(Assembly {
+        superblock,
+        members: vec![None; members],
+        incoming: vec![None; members],
+        notes: Vec::new(),
+        crashed: false,
+    })
 }

@@ -7,6 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::compare::{Row, Unit, show};
+use crate::growth::Grown;
 
 /// Where the figures come from; a part of every JSON row, so that a row can stand alone.
 #[derive(Serialize)]
@@ -40,11 +41,11 @@ impl Header {
 }
 
 /// One object per line.
-pub(crate) fn print_json(header: &Header, rows: &[Row]) -> anyhow::Result<()> {
+pub(crate) fn print_json<R: Serialize>(header: &Header, rows: &[R]) -> anyhow::Result<()> {
     #[derive(Serialize)]
-    struct Line<'a> {
+    struct Line<'a, R> {
         #[serde(flatten)]
-        row: &'a Row,
+        row: &'a R,
         #[serde(flatten)]
         header: &'a Header,
     }
@@ -74,6 +75,39 @@ pub(crate) fn print_table(header: &Header, about: &str, rows: &[Row]) {
         let column = table.column_mut(figures).expect("the table has seven columns");
         column.set_cell_alignment(CellAlignment::Right);
     }
+    print(header, about, &table);
+}
+
+/// The same of what has no peer.
+pub(crate) fn print_growth(header: &Header, about: &str, lines: &[Grown]) {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table.set_header([
+        "size",
+        "left",
+        "log in use, %",
+        "open, ms",
+        "memory, MiB",
+        "rows recovered",
+    ]);
+    for line in lines {
+        table.add_row([
+            line.size.to_owned(),
+            line.left.clone(),
+            format!("{:.0}", line.log_percent),
+            format!("{:.1}", line.open_ms),
+            format!("{:.1}", line.resident_mib),
+            line.rows_recovered.to_string(),
+        ]);
+    }
+    for figures in 2..6 {
+        let column = table.column_mut(figures).expect("the table has six columns");
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    print(header, about, &table);
+}
+
+fn print(header: &Header, about: &str, table: &Table) {
     println!("{about}");
     println!("{} | Linux {}", header.processor, header.kernel);
     println!("{}", header.command);

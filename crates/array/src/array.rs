@@ -2,22 +2,25 @@
 
 use std::cell::RefCell;
 use std::path::Path;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
 use stableio_block::{
     Cache, Device, Error, Handle, Kind, Limits, Op, OpName, Outcome, Radius, Request, Ticket,
 };
+use stableio_block::{exec, ring};
 use stableio_mem::{BLOCK, Pass};
 
 use crate::assemble::{AssembleError, Assembly};
 use crate::engine::{Engine, Parts};
-use crate::geometry::Geometry;
 use crate::health::Health;
-use crate::superblock::Superblock;
+use crate::log::blocks_needed;
+use crate::superblock::{Id, Superblock};
+use crate::tend::TendError;
 
 thread_local! {
     /// The engines of the worker that runs on this thread.
@@ -66,12 +69,28 @@ pub enum OpenError {
 pub struct ArrayOptions {
     /// Bytes for cached tuples.
     pub page_cache: usize,
+    /// Seconds without an answer after which a member is left out; `None`
+    /// waits for ever.
+    pub patience: Option<u64>,
+    /// The number of this opening; a random one unless a simulation replays.
+    pub history: Option<u64>,
 }
 
 impl Default for ArrayOptions {
     fn default() -> Self {
-        Self { page_cache: 32 << 20 }
+        Self { page_cache: 32 << 20, patience: None, history: None }
     }
+}
+
+/// What a role of an array is made of when it is opened.
+pub struct Attached {
+    /// How its member is called.
+    pub name: String,
+    /// Its member; `None` is missing.
+    pub device: Option<Arc<dyn Device>>,
+    /// A member that is being filled to take its place, or the role's own one
+    /// that was left out and comes back.
+    pub incoming: Option<(String, Arc<dyn Device>)>,
 }
 
 impl Array {
@@ -89,23 +108,26 @@ impl Array {
         options: ArrayOptions,
         worker: &Handle,
     ) -> Result<Self, OpenError> {
-        let mut devices: Vec<Option<Arc<dyn Device>>> = Vec::new();
         let mut notes = assembly.notes.clone();
-        for path in &assembly.members {
-            devices.push(match path {
+        let mut open = |path: &Path| {
+            let device = open_member(path, worker)?;
+            notes.extend(device.notes().iter().cloned());
+            Ok::<Arc<dyn Device>, OpenError>(Arc::new(device))
+        };
+        let mut attached = Vec::new();
+        for (role, (path, next)) in assembly.members.iter().zip(&assembly.incoming).enumerate() {
+            let name = match path {
+                Some(path) => path.display().to_string(),
+                None => format!("(role {role}: missing)"),
+            };
+            let device = path.as_ref().map(|path| open(path)).transpose()?;
+            let incoming = match next {
+                Some(path) => Some((path.display().to_string(), open(path)?)),
                 None => None,
-                Some(path) => {
-                    let device = open_member(path, worker)?;
-                    notes.extend(device.notes().iter().cloned());
-                    Some(Arc::new(device))
-                }
-            });
+            };
+            attached.push(Attached { name, device, incoming });
         }
-        let names = assembly.members.iter().enumerate().map(|(role, path)| match path {
-            Some(path) => path.display().to_string(),
-            None => format!("(role {role}: missing)"),
-        });
-        let mut array = Self::over(assembly, devices, names.collect(), options, worker)?;
+        let mut array = Self::over(assembly, attached, options, worker)?;
         array.notes = notes;
         Ok(array)
     }
@@ -118,12 +140,11 @@ impl Array {
     /// [`OpenError`].
     pub fn over(
         assembly: &Assembly,
-        devices: Vec<Option<Arc<dyn Device>>>,
-        names: Vec<String>,
+        attached: Vec<Attached>,
         options: ArrayOptions,
         worker: &Handle,
     ) -> Result<Self, OpenError> {
-        let open = Self::begin(assembly, devices, names, options, worker);
+        let open = Self::begin(assembly, attached, options, worker);
         open.1.wait()?;
         Ok(open.0)
     }
@@ -131,19 +152,22 @@ impl Array {
     /// The same without waiting: the ticket says when it can be used.
     pub fn begin(
         assembly: &Assembly,
-        devices: Vec<Option<Arc<dyn Device>>>,
-        names: Vec<String>,
+        attached: Vec<Attached>,
         options: ArrayOptions,
         worker: &Handle,
     ) -> (Self, Ticket<Result<(), Error>>) {
-        let mut superblock = assembly.superblock.clone();
-        let crashed = assembly.crashed.then_some(superblock.epoch);
-        superblock.epoch += 1;
-        let health = Arc::new(Health::new(names));
+        let superblock = assembly.superblock.clone();
+        let health = Arc::new(Health::new(attached.iter().map(|role| role.name.clone())));
         let traffic = Arc::new(Traffic::default());
         let key = NEXT.fetch_add(1, Ordering::Relaxed);
         let name: Arc<str> = superblock.name.as_str().into();
-        let limits = limits(&superblock.geometry, &devices);
+        let limits = limits(&superblock, &attached);
+        let mut devices = Vec::new();
+        let mut incoming = Vec::new();
+        for role in attached {
+            devices.push(role.device);
+            incoming.push(role.incoming);
+        }
         let parts = Parts {
             superblock: superblock.clone(),
             devices,
@@ -153,19 +177,16 @@ impl Array {
         };
         let device =
             Arc::new(ArrayDevice { key, name: name.clone(), limits, worker: worker.clone() });
+        let crashed = assembly.crashed;
         let opened = worker.spawn(move || async move {
             let fail = |kind| Error { kind, op: OpName::Open, device: name.clone(), at: 0, len: 0 };
             let engine = Engine::new(parts)
                 .map_err(|e| fail(Kind::System(e.raw_os_error().unwrap_or(libc::ENOMEM))))?;
-            let engine = Rc::new(engine);
-            if let Some(epoch) = crashed {
-                engine.recover(epoch).await.map_err(fail)?;
-                let rows = engine.rows_recovered();
-                engine.health.event(format!(
-                    "was not shut down: {rows} rows that were being written were checked"
-                ));
+            let history = options.history.unwrap_or_else(random_number);
+            engine.open(crashed, history, incoming).await.map_err(fail)?;
+            if let Some(patience) = options.patience {
+                watch(Rc::downgrade(&engine), patience);
             }
-            engine.mark(true).await.map_err(fail)?;
             ENGINES.with(|engines| engines.borrow_mut().push((key, engine)));
             Ok(())
         });
@@ -222,10 +243,93 @@ impl ArrayDevice {
                 index.map(|i| engines.swap_remove(i).1)
             });
             let engine = engine.ok_or_else(|| fail(Kind::Stopped))?;
-            engine.flush().await.map_err(fail)?;
-            engine.mark(false).await.map_err(fail)
+            engine.close().await.map_err(fail)
         })
     }
+
+    /// Begins to fill `device`, which takes the place of a role's member. The
+    /// ticket says whether it was begun; [`Health::rebuild`] how far it is.
+    pub fn begin_replace(
+        &self,
+        role: usize,
+        device: Arc<dyn Device>,
+        name: String,
+    ) -> Ticket<Result<(), TendError>> {
+        let (wants, gives) = (device.limits().memory_align, self.limits.memory_align);
+        self.on_engine(move |engine| async move {
+            if wants > gives {
+                return Err(TendError::Alignment { wants, gives });
+            }
+            engine.begin_replace(role, Id::random(), device, name).await
+        })
+    }
+
+    /// Leaves a role's member out from now on.
+    pub fn begin_remove(&self, role: usize) -> Ticket<Result<(), TendError>> {
+        self.on_engine(move |engine| async move { engine.remove(role).await })
+    }
+
+    /// Begins to look through everything, from where an earlier scrub was
+    /// stopped. The ticket says whether it was begun.
+    pub fn begin_scrub(&self) -> Ticket<Result<(), TendError>> {
+        self.on_engine(move |engine| async move { engine.begin_scrub().await })
+    }
+
+    /// Pauses rebuild and scrub, or lets them go on.
+    pub fn pause(&self, paused: bool) -> Ticket<Result<(), TendError>> {
+        self.on_engine(move |engine| async move {
+            engine.pause_tending(paused);
+            Ok(())
+        })
+    }
+
+    /// Stops a scrub; the next one goes on from there.
+    pub fn stop_scrub(&self) -> Ticket<Result<(), TendError>> {
+        self.on_engine(move |engine| async move { engine.stop_scrub().await })
+    }
+
+    /// Leaves out a member that does not answer, as the watchdog does.
+    pub fn give_up(&self, role: usize) -> Ticket<Result<(), TendError>> {
+        self.on_engine(move |engine| async move {
+            engine.give_up(role);
+            Ok(engine.settle_members().await?)
+        })
+    }
+
+    /// Writes all tuples to their pages and empties the log.
+    pub fn checkpoint(&self) -> Ticket<Result<(), TendError>> {
+        self.on_engine(move |engine| async move { Ok(engine.checkpoint().await?) })
+    }
+
+    fn on_engine<F, Fut>(&self, run: F) -> Ticket<Result<(), TendError>>
+    where
+        F: FnOnce(Rc<Engine>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<(), TendError>> + 'static,
+    {
+        let key = self.key;
+        self.worker.spawn(move || async move {
+            let engine = engine(key).ok_or(TendError::Array(Kind::Stopped))?;
+            run(engine).await
+        })
+    }
+}
+
+fn random_number() -> u64 {
+    let id = Id::random().0;
+    u64::from_le_bytes(id[..8].try_into().expect("8 bytes")) >> 1
+}
+
+/// Ticks once a second, and leaves out who does not answer.
+fn watch(engine: Weak<Engine>, patience: u64) {
+    drop(exec::spawn(async move {
+        loop {
+            ring::sleep(Duration::from_secs(1)).await;
+            let Some(engine) = engine.upgrade() else { return };
+            engine.watch(patience);
+            // Nobody else may be there to record it.
+            let _ = engine.settle_members().await;
+        }
+    }));
 }
 
 impl Device for ArrayDevice {
@@ -239,15 +343,21 @@ impl Device for ArrayDevice {
         let fail = move |kind| Error { kind, op, device: name, at, len };
         // Two tasks instead of one that is large enough for both.
         match request {
-            Request { op: Op::Read { at, into }, memory } => {
-                self.worker.spawn(move || async move {
+            Request { op: Op::Read { at, into }, memory, issuer } => {
+                let read = move || async move {
                     let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
                     let done = match engine.check_redundancy() {
-                        Ok(()) => engine.read(at, into, memory).await,
+                        Ok(()) => engine.read(at, into, memory, issuer).await,
                         Err(kind) => Err(kind),
                     };
                     done.map_err(fail)
-                })
+                };
+                // On its own worker a read begins at once: where the members
+                // answer at once too, it is done when this returns.
+                match self.worker.is_here() {
+                    true => exec::spawn_begun(read()),
+                    false => self.worker.spawn(read),
+                }
             }
             request => self.worker.spawn(move || async move {
                 let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
@@ -271,28 +381,37 @@ fn open_member(path: &Path, worker: &Handle) -> Result<FileDevice, OpenError> {
     })
 }
 
-/// The limits of an array of a shape over these members.
-fn limits(geometry: &Geometry, members: &[Option<Arc<dyn Device>>]) -> Limits {
-    let memory_align = members.iter().flatten().map(|m| m.limits().memory_align).max().unwrap_or(1);
-    let redundant = geometry.level.redundancy() > 0;
-    let pass = Pass { guards: true, rows: redundant.then(|| geometry.row_shape()) };
-    let radius = if redundant { Radius::Everyone } else { Radius::Issuer };
+/// The limits of an array over these members.
+fn limits(superblock: &Superblock, attached: &[Attached]) -> Limits {
+    let geometry = &superblock.geometry;
+    let devices = attached
+        .iter()
+        .flat_map(|role| role.device.iter().chain(role.incoming.iter().map(|(_, device)| device)));
+    let memory_align = devices.map(|m| m.limits().memory_align).max().unwrap_or(1);
+    let parities = geometry.level.parities();
+    let pass = Pass { guards: true, rows: (parities > 0).then(|| geometry.row_shape()) };
+    let radius = if geometry.redundancy() > 0 { Radius::Everyone } else { Radius::Issuer };
     let mut limits = Limits {
         size: geometry.size(),
         logical: 512,
         physical: BLOCK as u32,
         memory_align,
         max_transfer: 1 << 20,
-        atomic: 512,
+        // A block is old or new after a crash; without a log it may be lost.
+        atomic: if superblock.log { BLOCK as u32 } else { 512 },
         cache: Cache::Volatile,
         write_radius: radius,
         read_radius: Radius::Issuer,
         pass,
     };
-    // A request that covers no row wholly is the one that needs most.
-    while limits.scratch_bytes(512, limits.max_transfer as usize) > REQUEST_BUDGET
-        && limits.max_transfer > 64 << 10
-    {
+    // A request that covers no row wholly is the one that needs most, of
+    // memory and of the log.
+    let too_large = |limits: &Limits| {
+        let len = limits.max_transfer as usize;
+        let log = blocks_needed(len / BLOCK + 2, parities);
+        limits.scratch_bytes(512, len) > REQUEST_BUDGET || log > geometry.log_blocks as usize / 2
+    };
+    while too_large(&limits) && limits.max_transfer > 16 << 10 {
         limits.max_transfer /= 2;
     }
     limits

@@ -3,9 +3,9 @@
 //! ASM-1: the superblock with the highest generation says which roles are in
 //! sync. A member of a role that it calls missing is stale and is left out.
 //!
-//! ASM-2: members that call each other missing, or that have one generation
-//! and different histories, do not assemble unless the administrator says
-//! which to trust.
+//! ASM-2: members that were written without each other do not assemble
+//! unless the administrator says which to trust: neither superblock is an
+//! earlier state of the other, by the histories of their openings.
 //!
 //! ASM-3: nothing is written before everything here has been checked.
 
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use stableio_mem::{BLOCK, Bytes};
 
-use crate::superblock::{BadSuperblock, RoleState, Superblock};
+use crate::superblock::{BadSuperblock, Relation, RoleState, Superblock};
 
 /// What the superblock copies of a member say.
 #[derive(Debug, Clone)]
@@ -128,7 +128,7 @@ pub enum AssembleError {
     },
     /// ASM-2.
     #[error(
-        "{} and {} each say that the other was missing: both were written without the other; \
+        "{} and {} were each written without the other: \
          choose the one whose data you want with --trust-member",
         first.display(), second.display()
     )]
@@ -150,6 +150,9 @@ pub struct Assembly {
     pub superblock: Superblock,
     /// By role, the member that takes part.
     pub members: Vec<Option<PathBuf>>,
+    /// By role, a member that is being filled to take the place, or the one
+    /// that was left out and comes back.
+    pub incoming: Vec<Option<PathBuf>>,
     /// What a person must know: stale members, mended superblocks.
     pub notes: Vec<String>,
     /// Whether the array must be recovered: it was not shut down.
@@ -217,8 +220,12 @@ pub fn probe(path: &Path) -> Result<Probe, AssembleError> {
 ///
 /// [`AssembleError`]; nothing was written.
 pub fn assemble(probes: &[Probe], trust: Option<&Path>) -> Result<Assembly, AssembleError> {
-    let newest =
-        probes.iter().max_by_key(|p| p.superblock.generation).ok_or(AssembleError::NoMembers)?;
+    let mut newest = probes.first().ok_or(AssembleError::NoMembers)?;
+    for probe in probes {
+        if newest.superblock.relation(&probe.superblock) == Relation::Newer {
+            newest = probe;
+        }
+    }
     one_array(probes)?;
     let truth = match trust {
         None => {
@@ -232,24 +239,36 @@ pub fn assemble(probes: &[Probe], trust: Option<&Path>) -> Result<Assembly, Asse
     };
     let superblock = truth.superblock.clone();
     let mut members = vec![None; superblock.geometry.members];
+    let mut incoming = vec![None; superblock.geometry.members];
     let mut notes = Vec::new();
     for probe in probes {
         let (role, id) = (probe.superblock.role, probe.superblock.member);
         let path = probe.path.display();
-        match superblock.roles[role] {
-            (known, _) if known != id => {
-                return Err(AssembleError::Foreign { path: probe.path.clone(), name: superblock.name });
-            }
-            (_, RoleState::Missing) => notes.push(format!(
-                "WARNING: {path} is stale (the array was written without it): LEFT OUT; it will not be read or written"
-            )),
-            (_, RoleState::InSync) => {
-                if trust.is_some() && calls_missing(&probe.superblock, truth) {
-                    notes.push(format!("WARNING: {path} has another history than the trusted member: LEFT OUT"));
-                    continue;
-                }
-                members[role] = Some(probe.path.clone());
-            }
+        let entry = superblock.roles[role];
+        let relation = superblock.relation(&probe.superblock);
+        if entry.id != id && entry.next.is_some_and(|next| next.id == id) {
+            incoming[role] = Some(probe.path.clone());
+        } else if entry.id != id && relation == Relation::Older {
+            notes.push(format!("WARNING: {path} was replaced by another member: LEFT OUT"));
+        } else if entry.id != id {
+            return Err(AssembleError::Foreign { path: probe.path.clone(), name: superblock.name });
+        } else if relation == Relation::Apart || relation == Relation::Newer {
+            // Only where an administrator chose.
+            notes.push(format!(
+                "WARNING: {path} has another history than the trusted member: LEFT OUT"
+            ));
+        } else if entry.state == RoleState::Missing
+            && entry.next.is_some_and(|next| next.id != entry.id)
+        {
+            notes.push(format!("WARNING: {path} is stale and being replaced: LEFT OUT"));
+        } else if entry.state == RoleState::Missing {
+            notes.push(format!(
+                "WARNING: {path} is stale (the array was written without it): \
+                 it is not read before it has caught up"
+            ));
+            incoming[role] = Some(probe.path.clone());
+        } else {
+            members[role] = Some(probe.path.clone());
         }
         for copy in &probe.bad_copies {
             notes.push(format!(
@@ -258,7 +277,7 @@ pub fn assemble(probes: &[Probe], trust: Option<&Path>) -> Result<Assembly, Asse
         }
     }
     let have = members.iter().flatten().count();
-    let need = superblock.geometry.members - superblock.geometry.level.redundancy();
+    let need = superblock.geometry.members - superblock.geometry.redundancy();
     if have < need {
         let roles = members.iter().enumerate().filter(|(_, m)| m.is_none());
         let missing = roles.map(|(role, _)| format!("role {role}")).collect::<Vec<_>>().join(", ");
@@ -266,10 +285,11 @@ pub fn assemble(probes: &[Probe], trust: Option<&Path>) -> Result<Assembly, Asse
         return Err(AssembleError::TooFew { name, have, members, need, missing });
     }
     for (role, _) in members.iter().enumerate().filter(|(_, m)| m.is_none()) {
-        notes.push(format!("WARNING: role {role} is missing: serving without redundancy"));
+        let left = have - need;
+        notes.push(format!("WARNING: role {role} is missing: {left} more may fail"));
     }
     let crashed = superblock.in_use;
-    Ok(Assembly { superblock, members, notes, crashed })
+    Ok(Assembly { superblock, members, incoming, notes, crashed })
 }
 
 /// All of one array, each once.
@@ -284,7 +304,7 @@ fn one_array(probes: &[Probe]) -> Result<(), AssembleError> {
                 second_array: array_of(second),
             });
         }
-        let same = |p: &&Probe| p.superblock.role == second.superblock.role;
+        let same = |p: &&Probe| p.superblock.member == second.superblock.member;
         if let Some(twin) = probes[..i].iter().find(same) {
             return Err(AssembleError::Doubled {
                 first: twin.path.clone(),
@@ -304,9 +324,7 @@ fn no_split_brain(probes: &[Probe]) -> Result<(), AssembleError> {
     for (i, first) in probes.iter().enumerate() {
         for second in &probes[i + 1..] {
             let (a, b) = (&first.superblock, &second.superblock);
-            let exclude = calls_missing(a, second) && calls_missing(b, first);
-            let forked = a.generation == b.generation && (a.roles != b.roles || a.epoch != b.epoch);
-            if exclude || forked {
+            if a.array == b.array && a.relation(b) == Relation::Apart {
                 let (first, second) = (first.path.clone(), second.path.clone());
                 return Err(AssembleError::SplitBrain { first, second });
             }
@@ -315,32 +333,33 @@ fn no_split_brain(probes: &[Probe]) -> Result<(), AssembleError> {
     Ok(())
 }
 
-fn calls_missing(superblock: &Superblock, other: &Probe) -> bool {
-    superblock.roles[other.superblock.role].1 == RoleState::Missing
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::geometry::{Geometry, Level};
-    use crate::superblock::Id;
+    use crate::superblock::{Id, RoleEntry};
 
     fn probes() -> Vec<Probe> {
         let geometry = Geometry::new(Level::Raid5, 3, 65536, 64 << 20).unwrap();
-        let roles: Vec<_> = (0..3).map(|_| (Id::random(), RoleState::InSync)).collect();
+        let roles: Vec<_> = (0..3).map(|_| RoleEntry::in_sync(Id::random())).collect();
         let array = Id::random();
         let probe = |role: usize| Probe {
             path: format!("m{role}").into(),
             superblock: Superblock {
                 array,
                 name: "a".into(),
-                member: roles[role].0,
+                member: roles[role].id,
                 role,
                 generation: 5,
                 epoch: 2,
                 in_use: false,
+                log: true,
                 created: 0,
                 geometry,
+                atomic_unit: 4096,
+                log_from: 0,
+                scrub: None,
+                histories: vec![7],
                 roles: roles.clone(),
             },
             bad_copies: vec![],
@@ -380,14 +399,19 @@ mod tests {
         let mut all = probes();
         for i in [0, 1] {
             all[i].superblock.generation = 9;
-            all[i].superblock.roles[2].1 = RoleState::Missing;
+            all[i].superblock.roles[2].state = RoleState::Missing;
         }
         let assembly = assemble(&all, None).unwrap();
         assert_eq!(assembly.members[2], None);
         assert!(assembly.notes[0].contains("stale"));
+        // It had once been without another itself; that is long over.
+        all[2].superblock.roles[1].state = RoleState::Missing;
+        assert!(assemble(&all, None).is_ok());
         // The third went on without the first.
+        [0, 1].into_iter().for_each(|i| all[i].superblock.histories.insert(0, 8));
         all[2].superblock.generation = 12;
-        all[2].superblock.roles[0].1 = RoleState::Missing;
+        all[2].superblock.histories.insert(0, 9);
+        all[2].superblock.roles[0].state = RoleState::Missing;
         assert!(matches!(assemble(&all, None), Err(AssembleError::SplitBrain { .. })));
         let trusted = assemble(&all, Some(Path::new("m1"))).unwrap();
         assert_eq!(trusted.members[2], None);

@@ -11,8 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use stableio_mem::{BLOCK, Bytes};
 
-use crate::geometry::{BadGeometry, GUARDS_AT, Geometry, LOG_AT, Level};
-use crate::superblock::{BadName, Id, RoleState, Superblock, check_name};
+use crate::geometry::{BadGeometry, Geometry, LOG_AT, Level};
+use crate::superblock::{BadName, Id, RoleEntry, Superblock, check_name};
 
 /// What to create.
 #[derive(Debug, Clone)]
@@ -29,6 +29,11 @@ pub struct CreateOptions {
     pub members: Vec<PathBuf>,
     /// Overwrite whatever they hold.
     pub force: bool,
+    /// Whether the array gets a log.
+    pub log: bool,
+    /// What power failure does not tear on any member: 512 or 4096 bytes;
+    /// `None` asks the host.
+    pub atomic_unit: Option<u32>,
 }
 
 /// Why an array was not created. Nothing was written, except where it says
@@ -72,6 +77,16 @@ pub enum CreateError {
         path: PathBuf,
         /// What was recognised.
         what: String,
+    },
+    /// Smaller than a member of the array.
+    #[error("{}: has {}, a member of this array needs {}", path.display(), Bytes(*size), Bytes(*need))]
+    TooSmall {
+        /// The file or device.
+        path: PathBuf,
+        /// Its bytes.
+        size: u64,
+        /// Bytes that a member needs.
+        need: u64,
     },
     /// Neither file nor block device.
     #[error("{}: is neither a regular file nor a block device", .0.display())]
@@ -128,23 +143,32 @@ pub fn create(options: &CreateOptions) -> Result<Superblock, CreateError> {
             }
         }
     }
-    let roles: Vec<_> = files.iter().map(|_| (Id::random(), RoleState::InSync)).collect();
+    let told = files.iter().map(stableio_block::dev::atomic_unit).min();
+    let atomic_unit = options.atomic_unit.or(told).unwrap_or(512).clamp(512, 4096);
+    // What lies between is torn like what is smaller.
+    let atomic_unit = if atomic_unit < 4096 { 512 } else { 4096 };
+    let roles: Vec<_> = files.iter().map(|_| RoleEntry::in_sync(Id::random())).collect();
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut superblock = Superblock {
         array: Id::random(),
         name: name.clone(),
-        member: roles[0].0,
+        member: roles[0].id,
         role: 0,
         generation: 1,
         epoch: 0,
         in_use: false,
+        log: options.log,
         created,
         geometry,
+        atomic_unit,
+        log_from: 1,
+        scrub: None,
+        histories: Vec::new(),
         roles,
     };
     for role in (0..files.len()).rev() {
         superblock.role = role;
-        superblock.member = superblock.roles[role].0;
+        superblock.member = superblock.roles[role].id;
         let system =
             |what, error| CreateError::System { path: checked[role].path.clone(), what, error };
         blank(&files[role], &geometry).map_err(|e| system("clear the log and guard regions", e))?;
@@ -157,6 +181,45 @@ pub fn create(options: &CreateOptions) -> Result<Superblock, CreateError> {
         files[role].sync_all().map_err(|e| system("sync", e))?;
     }
     Ok(superblock)
+}
+
+/// Prepares a file or device to take a role's place: what it held is gone.
+///
+/// # Errors
+///
+/// [`CreateError`], before anything is written; and the system's.
+pub fn prepare_replacement(
+    path: &Path,
+    geometry: &Geometry,
+    force: bool,
+) -> Result<(), CreateError> {
+    let options = CreateOptions {
+        name: String::new(),
+        level: geometry.level,
+        chunk: geometry.chunk_bytes(),
+        member_size: None,
+        members: Vec::new(),
+        force,
+        log: true,
+        atomic_unit: None,
+    };
+    let new = !path.exists() || std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == 0);
+    let member_size = new.then_some(geometry.member_size);
+    let mut member = check(path, &CreateOptions { member_size, ..options })?;
+    if member.size < geometry.member_size {
+        return Err(CreateError::TooSmall {
+            path: path.into(),
+            size: member.size,
+            need: geometry.member_size,
+        });
+    }
+    let file = make(&mut member, geometry.member_size, &mut Vec::new())?;
+    let system = |what, error| CreateError::System { path: path.into(), what, error };
+    blank(&file, geometry).map_err(|e| system("clear the log and guard regions", e))?;
+    for at in [0, geometry.second_superblock_at()] {
+        file.write_all_at(&[0; BLOCK], at).map_err(|e| system("clear a superblock", e))?;
+    }
+    file.sync_all().map_err(|e| system("sync", e))
 }
 
 /// Looks at a member without changing it.
@@ -245,7 +308,7 @@ fn make(member: &mut Checked, size: u64, made: &mut Vec<PathBuf>) -> Result<File
 
 /// Log and guard regions as if never written.
 fn blank(file: &File, geometry: &Geometry) -> io::Result<()> {
-    let (from, to) = (LOG_AT, GUARDS_AT + geometry.pages() * BLOCK as u64);
+    let (from, to) = (LOG_AT, geometry.page_at(geometry.pages()));
     let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     if rustix::fs::fallocate(file, mode, from, to - from).is_ok() {
         return Ok(());

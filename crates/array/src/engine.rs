@@ -5,28 +5,33 @@
 //!
 //! ENG-2: more missing members than the redundancy absorbs are never recorded:
 //! the array stops, and assembles again when they are back.
+//!
+//! ENG-3: what a flush made durable is what had settled when it began, and
+//! only that moves the log's durable mark and its tail (LOG-2).
 
 use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use stableio_block::sync::Condition;
-use stableio_block::{
-    Body, Device, Error, Kind, Op, Outcome, Reply, Request, Ticket, path::Traffic,
-};
-use stableio_mem::{BLOCK, Pool, PoolBuf, SgList, Sums};
+use stableio_block::{Device, Error, Kind, Op, Reply, Request, exec, path::Traffic};
+use stableio_mem::Pool;
 
 use crate::geometry::Geometry;
-use crate::health::Health;
+use crate::health::{Health, Often};
 use crate::log::Log;
+use crate::member::Member;
 use crate::pages::Pages;
+use crate::roles::Saves;
 use crate::superblock::{Id, RoleState, Superblock};
 use crate::token::Tokens;
+use crate::twin::{Protection, lacks};
 
 /// An assembled array. Lives on its worker's thread.
 pub(crate) struct Engine {
     pub(crate) array: Id,
     pub(crate) geometry: Geometry,
+    pub(crate) atomic_unit: u32,
     pub(crate) members: Vec<Member>,
     pub(crate) tokens: Tokens,
     pub(crate) pages: Pages,
@@ -38,25 +43,16 @@ pub(crate) struct Engine {
     pub(crate) meta: Arc<Pool>,
     /// For blocks that a read has to mend. Reserved before the token.
     pub(crate) repair: Arc<Pool>,
-    /// For discards: they come without memory, and hold nothing else.
+    /// For discards, rebuild and scrub: they come without memory, and hold
+    /// nothing else.
     pub(crate) scratch: Arc<Pool>,
-    superblock: RefCell<Superblock>,
-    saves: Saves,
-}
-
-/// A role's device, where it has one.
-pub(crate) struct Member {
-    pub(crate) device: Option<Arc<dyn Device>>,
-    alive: Cell<bool>,
-}
-
-/// Superblock writes: one at a time, each for all changes before it.
-#[derive(Default)]
-struct Saves {
-    wanted: Cell<u64>,
-    done: Cell<u64>,
-    busy: Cell<bool>,
-    changed: Condition,
+    pub(crate) superblock: RefCell<Superblock>,
+    pub(crate) saves: Saves,
+    pub(crate) tending: crate::tend::Tending,
+    /// Ticks of the watchdog.
+    pub(crate) now: Cell<u64>,
+    checkpointing: Cell<bool>,
+    me: Weak<Engine>,
 }
 
 /// What an engine is made of.
@@ -70,40 +66,124 @@ pub(crate) struct Parts {
 }
 
 impl Engine {
-    pub(crate) fn new(parts: Parts) -> std::io::Result<Self> {
+    pub(crate) fn new(parts: Parts) -> std::io::Result<Rc<Self>> {
         let Parts { superblock, devices, health, traffic, page_cache } = parts;
         let geometry = superblock.geometry;
         let members: Vec<Member> = devices
             .into_iter()
             .zip(&superblock.roles)
-            .map(|(device, (_, state))| {
-                let alive = device.is_some() && *state == RoleState::InSync;
-                Member { alive: Cell::new(alive), device }
-            })
+            .map(|(device, role)| Member::new(device, role.state == RoleState::InSync, role.since))
             .collect();
         for (member, health) in members.iter().zip(&health.members) {
             health.in_sync.store(member.alive.get(), Ordering::Relaxed);
         }
-        Ok(Self {
+        let meta = Pool::new(8 << 20)?;
+        let repair = Pool::new(1 << 20)?;
+        let scratch = Pool::new(32 << 20)?;
+        let log = Log::new(&geometry, superblock.log, superblock.epoch, superblock.log_from);
+        let log_blocks = if superblock.log { u64::from(geometry.log_blocks) } else { 0 };
+        health.log_blocks.store(log_blocks, Ordering::Relaxed);
+        Ok(Rc::new_cyclic(|me| Self {
             array: superblock.array,
             geometry,
+            atomic_unit: superblock.atomic_unit,
             members,
             tokens: Tokens::default(),
             pages: Pages::new(&geometry, page_cache),
-            log: Log::new(superblock.epoch),
+            log,
             health,
             traffic,
-            meta: Pool::new(4 << 20)?,
-            repair: Pool::new(1 << 20)?,
-            scratch: Pool::new(32 << 20)?,
+            meta,
+            repair,
+            scratch,
             superblock: RefCell::new(superblock),
             saves: Saves::default(),
-        })
+            tending: crate::tend::Tending::default(),
+            now: Cell::new(0),
+            checkpointing: Cell::new(false),
+            me: me.clone(),
+        }))
     }
 
-    /// Whether a member takes part.
-    pub(crate) fn alive(&self, member: usize) -> bool {
-        self.members[member].alive.get()
+    /// Recovers after a crash, marks the array as in use, and takes up what
+    /// was being filled.
+    pub(crate) async fn open(
+        &self,
+        crashed: bool,
+        history: u64,
+        incoming: Vec<Option<(String, Arc<dyn Device>)>>,
+    ) -> Result<(), Kind> {
+        let (epoch, from, scrubbing) = {
+            let superblock = self.superblock.borrow();
+            (superblock.epoch, superblock.log_from, superblock.scrub.is_some())
+        };
+        let mut next = from;
+        let gone = |m: &usize| {
+            !self.alive(*m) && self.superblock.borrow().roles[*m].state == RoleState::InSync
+        };
+        let gone: Vec<usize> = (0..self.members.len()).filter(gone).collect();
+        gone.iter().for_each(|m| self.members[*m].since.set(from));
+        let mut come_back = Vec::new();
+        for (role, incoming) in incoming.into_iter().enumerate() {
+            let Some((name, device)) = incoming else { continue };
+            if !self.take_up(role, &name, &device) {
+                come_back.push((role, name, device));
+            }
+        }
+        // Also says who is missing, before recovery changes rows without them
+        // (ENG-1).
+        self.save(|superblock| superblock.intend_history(history)).await?;
+        if crashed && self.log.is_on() {
+            let left = self.read_log(epoch, from).await?;
+            let tail = left.batches.first().map_or(left.next, |batch| batch.first);
+            gone.iter().for_each(|m| self.members[*m].since.set(tail));
+            self.harden(&left, epoch).await?;
+            self.recover(&left).await?;
+            next = left.next;
+            let rows = self.rows_recovered();
+            self.health.event(format!(
+                "was not shut down: {rows} rows that were being written were checked"
+            ));
+        } else if crashed {
+            self.health.event(
+                "was not shut down, and has no log: blocks that were being written may be lost, \
+                 and parity old; a scrub finds out"
+                    .to_owned(),
+            );
+        }
+        for (role, name, device) in come_back {
+            self.take_back(role, name, device, next).await;
+        }
+        for member in &self.members {
+            if let Some(incoming) = &mut *member.next.borrow_mut() {
+                incoming.log_from = next;
+            }
+        }
+        self.save(|superblock| {
+            superblock.epoch += 1;
+            superblock.in_use = true;
+            superblock.log_from = next;
+            superblock.begin_history();
+        })
+        .await?;
+        self.log.begin(self.superblock.borrow().epoch, history, next);
+        self.begin_filling();
+        if scrubbing {
+            self.health.event("a scrub is not finished: `stableio scrub` continues it".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Flushes, and marks the array as shut down.
+    pub(crate) async fn close(&self) -> Result<(), Kind> {
+        self.stop_tending().await;
+        self.checkpoint().await?;
+        let next = self.log.next();
+        self.save(|superblock| {
+            superblock.in_use = false;
+            superblock.log_from = next;
+        })
+        .await
     }
 
     /// Members that do not.
@@ -114,20 +194,16 @@ impl Engine {
     /// Fails when more are missing than the redundancy absorbs.
     pub(crate) fn check_redundancy(&self) -> Result<(), Kind> {
         let missing = self.missing();
-        if missing > self.geometry.level.redundancy() {
-            Err(Kind::Degraded { missing })
-        } else {
-            Ok(())
-        }
+        if missing > self.geometry.redundancy() { Err(Kind::Degraded { missing }) } else { Ok(()) }
     }
 
     /// Runs a request that has passed the stack's checks. Reads have a way of
     /// their own, so that their futures stay small.
     pub(crate) async fn run(&self, request: Request) -> Result<Reply, Kind> {
         self.check_redundancy()?;
-        let Request { op, memory } = request;
+        let Request { op, memory, issuer } = request;
         match op {
-            Op::Read { at, into } => self.read(at, into, memory).await,
+            Op::Read { at, into } => self.read(at, into, memory, issuer).await,
             Op::Write { at, body, sums, fua } => {
                 let memory = memory.ok_or(Kind::Unsupported)?;
                 self.write(at, body, sums, memory).await?;
@@ -158,150 +234,56 @@ impl Engine {
     }
 
     /// Makes everything durable that settled before, on every member; one
-    /// that can not is dropped.
+    /// that can not is dropped (ENG-3).
     pub(crate) async fn flush(&self) -> Result<(), Kind> {
-        let tickets: Vec<_> = (0..self.members.len())
-            .filter(|m| self.alive(*m))
-            .map(|m| (m, self.submit(m, Request::flush())))
-            .collect();
-        for (member, ticket) in tickets {
-            if let Err(error) = ticket.await {
-                self.drop_member(member, &error);
-            }
+        let settled = self.log.settled_to();
+        let sent: Vec<_> = (0..self.members.len()).map(|m| self.flush_member(m)).collect();
+        for sent in sent {
+            self.settled(sent).await;
         }
-        self.settle_members().await
-    }
-
-    fn submit(&self, member: usize, request: Request) -> Ticket<Outcome> {
-        let device = self.members[member].device.as_ref().expect("an alive member has a device");
-        device.submit(request)
-    }
-
-    /// Begins a read of a member.
-    pub(crate) fn read_member(&self, member: usize, at: u64, into: SgList) -> Ticket<Outcome> {
-        let into = stableio_block::Into::Segments(into);
-        self.submit(member, Request { op: Op::Read { at, into }, memory: None })
-    }
-
-    /// Begins a write to a member.
-    pub(crate) fn write_member(&self, member: usize, at: u64, from: SgList) -> Ticket<Outcome> {
-        let body = Body::Segments(from);
-        self.submit(
-            member,
-            Request { op: Op::Write { at, body, sums: Sums::default(), fua: false }, memory: None },
-        )
-    }
-
-    /// Asks a member which parts of a range hold data.
-    pub(crate) fn map_member(&self, member: usize, at: u64, len: u64) -> Ticket<Outcome> {
-        self.submit(member, Request { op: Op::Map { at, len }, memory: None })
-    }
-
-    /// Tells a member that a range is not needed.
-    pub(crate) fn discard_member(&self, member: usize, at: u64, len: u64) -> Ticket<Outcome> {
-        self.submit(member, Request { op: Op::Discard { at, len }, memory: None })
-    }
-
-    /// Reads one block of a member into a part of `buf`; says whether it came.
-    /// A failed read is charged to the member.
-    pub(crate) async fn read_block(
-        &self,
-        member: usize,
-        at: u64,
-        buf: &mut PoolBuf,
-        to: usize,
-    ) -> bool {
-        match self.read_member(member, at, buf.target(to..to + BLOCK)).await {
-            Ok(_) => true,
-            Err(error) => {
-                Health::add(&self.health.members[member].read_errors);
-                self.health.event(format!("read error: {error}"));
-                false
-            }
-        }
-    }
-
-    /// Leaves a member out from now on. [`settle_members`](Self::settle_members)
-    /// must follow before anything succeeds because of it (ENG-1).
-    pub(crate) fn drop_member(&self, member: usize, why: &Error) {
-        Health::add(&self.health.members[member].write_errors);
-        if self.members[member].alive.replace(false) {
-            self.health.members[member].in_sync.store(false, Ordering::Relaxed);
-            self.health
-                .event(format!("member {} dropped: {why}", self.health.members[member].name));
-            self.saves.wanted.set(self.saves.wanted.get() + 1);
-        }
-    }
-
-    /// Waits until every dropped member is recorded as missing on the others.
-    pub(crate) async fn settle_members(&self) -> Result<(), Kind> {
-        if self.saves.done.get() < self.saves.wanted.get() {
-            // Rare, and large: kept out of the futures of all requests.
-            Box::pin(self.save_members()).await?;
-        }
-        self.check_redundancy()
-    }
-
-    async fn save_members(&self) -> Result<(), Kind> {
-        while self.saves.done.get() < self.saves.wanted.get() {
-            self.check_redundancy()?;
-            if self.saves.busy.get() {
-                self.saves.changed.wait_for(|| (!self.saves.busy.get()).then_some(())).await;
-                continue;
-            }
-            self.saves.busy.set(true);
-            let covers = self.saves.wanted.get();
-            self.save_superblocks(|_| {}).await;
-            self.saves.done.set(covers);
-            self.saves.busy.set(false);
-            self.saves.changed.notify();
-        }
+        self.settle_members().await?;
+        self.log.set_durable(settled);
         Ok(())
     }
 
-    /// Marks the array as in use (with a new epoch) or as settled.
-    pub(crate) async fn mark(&self, in_use: bool) -> Result<(), Kind> {
-        self.save_superblocks(|superblock| superblock.in_use = in_use).await;
-        self.settle_members().await
-    }
-
-    /// Writes both superblock copies of every member that takes part.
-    async fn save_superblocks(&self, change: impl FnOnce(&mut Superblock)) {
-        let superblock = {
-            let mut superblock = self.superblock.borrow_mut();
-            change(&mut superblock);
-            superblock.generation += 1;
-            for (member, role) in self.members.iter().zip(&mut superblock.roles) {
-                if !member.alive.get() {
-                    role.1 = RoleState::Missing;
-                }
-            }
-            superblock.clone()
-        };
-        if superblock.missing() > self.geometry.level.redundancy() {
-            return;
-        }
-        for member in (0..self.members.len()).filter(|m| self.alive(*m)) {
-            let mut own = superblock.clone();
-            own.role = member;
-            own.member = own.roles[member].0;
-            if let Err(error) = self.write_superblock(member, &own).await {
-                self.drop_member(member, &error);
-            }
+    /// Begins a checkpoint, if none is under way.
+    pub(crate) fn begin_checkpoint(&self) {
+        let Some(me) = self.me.upgrade() else { return };
+        if !self.checkpointing.replace(true) {
+            drop(exec::spawn(async move {
+                // Members that fail in it are dropped; who waits for room in
+                // the log looks at the redundancy itself.
+                let _ = me.checkpoint().await;
+                me.checkpointing.set(false);
+                me.log.changed();
+            }));
         }
     }
 
-    async fn write_superblock(&self, member: usize, superblock: &Superblock) -> Result<(), Error> {
-        let block = superblock.encode();
-        let mut memory = self.meta.reserve(BLOCK).await.expect("smaller than the pool");
-        let mut buf = memory.take(BLOCK);
-        buf.copy_from(0, &block[..]);
-        let buf = buf.freeze();
-        for at in [0, self.geometry.second_superblock_at()] {
-            self.write_member(member, at, buf.source()).await?;
-            // One copy is durable before the other is touched.
-            self.submit(member, Request::flush()).await?;
+    pub(crate) fn is_checkpointing(&self) -> bool {
+        self.checkpointing.get()
+    }
+
+    /// Writes all tuples to their pages, so that the log can forget the
+    /// writes that have settled (LOG-2).
+    pub(crate) async fn checkpoint(&self) -> Result<(), Kind> {
+        let settled = self.log.settled_to();
+        if !lacks(Protection::TuplesBeforeTail) {
+            self.write_pages(usize::MAX).await;
         }
+        self.flush().await?;
+        self.log.retire(settled);
+        self.health.log_used.store(self.log.fill().0, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// This engine, for a task of its own.
+    pub(crate) fn me(&self) -> Rc<Engine> {
+        self.me.upgrade().expect("it is running a request")
+    }
+
+    pub(crate) fn note_read_error(&self, member: usize, error: &Error) {
+        Health::add(&self.health.members[member].read_errors);
+        self.health.often(Often::ReadError, || format!("read error: {error}"));
     }
 }

@@ -16,16 +16,26 @@ const BLOCK64: u64 = BLOCK as u64;
 pub enum Level {
     /// One member, checksums only.
     Single,
+    /// The same on every member.
+    Raid1,
     /// One parity block a row, rotating (left-symmetric, as md's default).
     Raid5,
+    /// Two parity blocks a row, P and Q, rotating (left-symmetric, as md's
+    /// default).
+    Raid6,
 }
 
 impl Level {
+    /// All of them.
+    pub const ALL: [Level; 4] = [Level::Single, Level::Raid1, Level::Raid5, Level::Raid6];
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Level::Single => "single",
+            Level::Raid1 => "raid1",
             Level::Raid5 => "raid5",
+            Level::Raid6 => "raid6",
         }
     }
 
@@ -33,15 +43,18 @@ impl Level {
     pub fn members(self) -> std::ops::RangeInclusive<usize> {
         match self {
             Level::Single => 1..=1,
+            Level::Raid1 => 2..=8,
             Level::Raid5 => 3..=MAX_MEMBERS,
+            Level::Raid6 => 4..=MAX_MEMBERS,
         }
     }
 
-    /// Members that may be missing.
-    pub fn redundancy(self) -> usize {
+    /// Parity blocks of a row.
+    pub fn parities(self) -> usize {
         match self {
-            Level::Single => 0,
+            Level::Single | Level::Raid1 => 0,
             Level::Raid5 => 1,
+            Level::Raid6 => 2,
         }
     }
 }
@@ -52,12 +65,10 @@ pub const MAX_MEMBERS: usize = 16;
 pub const MAX_MEMBER: u64 = 1 << 60;
 /// Byte offset of the log region.
 pub const LOG_AT: u64 = 64 << 10;
-/// Blocks of the log region.
-pub const LOG_BLOCKS: u64 = 1024;
-/// Byte offset of the guard region.
-pub const GUARDS_AT: u64 = LOG_AT + LOG_BLOCKS * BLOCK64;
-/// Tuples that fit on a page beside its header.
-pub const PAGE_TUPLES: usize = 254;
+/// Blocks that a log may have.
+pub const LOG_BLOCKS: std::ops::RangeInclusive<u32> = 256..=16384;
+/// Tuples of a page.
+pub const PAGE_TUPLES: usize = 240;
 
 /// The shape of an array and the regions of its members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +79,10 @@ pub struct Geometry {
     pub members: usize,
     /// Blocks of a chunk: rows of a stripe.
     pub chunk_blocks: u32,
-    /// Stripes; a multiple of `members`.
+    /// Stripes; a multiple of [`group`](Self::group).
     pub stripes: u64,
+    /// Blocks of the log region.
+    pub log_blocks: u32,
     /// Bytes of a member, both superblocks included.
     pub member_size: u64,
 }
@@ -81,15 +94,17 @@ pub struct Place {
     pub stripe: u64,
     /// Row in the stripe.
     pub row: u32,
-    /// Data column.
+    /// Data column; [`Geometry::columns`] for the row's Q.
     pub column: usize,
 }
 
 /// What a member holds in a stripe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The parity chunk.
-    Parity,
+    /// The chunk of P.
+    P,
+    /// The chunk of Q.
+    Q,
     /// The data chunk of a column.
     Data(usize),
 }
@@ -148,35 +163,80 @@ impl Geometry {
         if member_size > MAX_MEMBER {
             return Err(BadGeometry::TooLarge(member_size));
         }
+        // A sixty-fourth for the log.
+        let log = (member_size / BLOCK64 / 64).clamp(1, u64::from(*LOG_BLOCKS.end()));
         let mut g = Self {
             level,
             members,
             chunk_blocks: (chunk_bytes / BLOCK64) as u32,
             stripes: members as u64,
+            log_blocks: (1 << log.ilog2()).max(*LOG_BLOCKS.start()),
             member_size: member_size / BLOCK64 * BLOCK64,
         };
-        let least = g.data_at() + g.members as u64 * chunk_bytes + BLOCK64;
+        g.stripes = g.group();
+        let group = g.group() * chunk_bytes;
+        let least = g.data_at() + group + BLOCK64;
         if g.member_size < least {
             return Err(BadGeometry::TooSmall { size: member_size, least });
         }
         // Grow to what would fit without guards, then shrink until guards,
         // data and the last superblock fit.
-        let group = g.members as u64 * chunk_bytes;
-        let room = g.member_size - GUARDS_AT - BLOCK64;
+        let room = g.member_size - g.guards_at() - BLOCK64;
         let with_guards = group + BLOCK64 * u64::from(g.chunk_blocks) / g.page_rows() as u64;
         let mut groups = (room / with_guards).max(1);
         loop {
-            g.stripes = groups * g.members as u64;
-            if g.data_at() + groups * group + BLOCK64 <= g.member_size {
+            g.stripes = groups * g.group();
+            if g.fits() {
                 return Ok(g);
             }
             groups -= 1;
         }
     }
 
+    /// Whether all regions lie on a member beside each other: what a
+    /// superblock says is checked by this.
+    pub fn is_possible(&self) -> bool {
+        let chunk = u64::from(self.chunk_blocks);
+        self.level.members().contains(&self.members)
+            && chunk.is_power_of_two()
+            && chunk <= (1 << 20) / BLOCK64
+            && self.member_size.is_multiple_of(BLOCK64)
+            && self.member_size <= MAX_MEMBER
+            && LOG_BLOCKS.contains(&self.log_blocks)
+            && self.stripes > 0
+            && self.stripes <= self.member_size / self.chunk_bytes()
+            && self.stripes.is_multiple_of(self.group())
+            && self.fits()
+    }
+
+    fn fits(&self) -> bool {
+        self.member_offset(self.stripes, 0) + BLOCK64 <= self.member_size
+    }
+
+    /// Stripes after which the places of parity repeat.
+    pub fn group(&self) -> u64 {
+        if self.level.parities() > 0 { self.members as u64 } else { 1 }
+    }
+
     /// Data columns of a row.
     pub fn columns(&self) -> usize {
-        self.members - self.level.redundancy()
+        match self.level {
+            Level::Single | Level::Raid1 => 1,
+            Level::Raid5 | Level::Raid6 => self.members - self.level.parities(),
+        }
+    }
+
+    /// Tuples of a row: one a data column, and that of Q.
+    pub fn width(&self) -> usize {
+        self.columns() + usize::from(self.level == Level::Raid6)
+    }
+
+    /// Members that may be missing.
+    pub fn redundancy(&self) -> usize {
+        match self.level {
+            Level::Raid1 => self.members - 1,
+            level => level.parities(),
+        }
     }
 
     /// Bytes that the array offers.
@@ -194,31 +254,57 @@ impl Geometry {
         RowShape {
             chunk_blocks: self.chunk_blocks,
             columns: self.columns() as u32,
-            parities: 1,
+            parities: self.level.parities() as u8,
         }
     }
 
-    /// The member with the parity of a stripe.
+    /// The member with a stripe's P.
     pub fn parity_member(&self, stripe: u64) -> Option<usize> {
         let n = self.members as u64;
-        (self.level == Level::Raid5).then(|| (n - 1 - stripe % n) as usize)
+        (self.level.parities() > 0).then(|| (n - 1 - stripe % n) as usize)
     }
 
-    /// The member with a data column of a stripe: columns follow the parity.
+    /// The member with a stripe's Q: the one behind P.
+    pub fn q_member(&self, stripe: u64) -> Option<usize> {
+        let p = self.parity_member(stripe)?;
+        (self.level == Level::Raid6).then(|| (p + 1) % self.members)
+    }
+
+    /// The member with a data column of a stripe, the first of them with a
+    /// mirror: columns follow the parity. Column [`columns`](Self::columns) is
+    /// Q.
     pub fn data_member(&self, stripe: u64, column: usize) -> usize {
         match self.parity_member(stripe) {
-            Some(parity) => (parity + 1 + column) % self.members,
-            None => column,
+            Some(_) if column == self.columns() => {
+                self.q_member(stripe).expect("a column beside the data is Q")
+            }
+            Some(p) => (p + self.level.parities() + column) % self.members,
+            None => 0,
         }
+    }
+
+    /// The members with a data column of a stripe: all of a mirror.
+    pub fn holders(&self, stripe: u64, column: usize) -> Range<usize> {
+        let first = self.data_member(stripe, column);
+        if self.level == Level::Raid1 { 0..self.members } else { first..first + 1 }
     }
 
     /// What a member holds in a stripe.
     pub fn role(&self, stripe: u64, member: usize) -> Role {
-        match self.parity_member(stripe) {
-            Some(parity) if parity == member => Role::Parity,
-            Some(parity) => Role::Data((member + self.members - parity - 1) % self.members),
-            None => Role::Data(member),
+        let Some(p) = self.parity_member(stripe) else { return Role::Data(0) };
+        match (member + self.members - p) % self.members {
+            0 => Role::P,
+            1 if self.level == Level::Raid6 => Role::Q,
+            behind => Role::Data(behind - self.level.parities()),
         }
+    }
+
+    /// The members that hold the tuple of a column: those with the data, and
+    /// those with parity.
+    pub fn tuple_holders(&self, stripe: u64, column: usize) -> impl Iterator<Item = usize> + use<> {
+        let (p, q) = (self.parity_member(stripe), self.q_member(stripe));
+        let data = self.holders(stripe, column).filter(move |m| Some(*m) != q);
+        data.chain(p).chain(q)
     }
 
     /// The place of a block of the array.
@@ -254,9 +340,26 @@ impl Geometry {
         stripe * u64::from(self.chunk_blocks) + u64::from(row)
     }
 
+    /// Stripe and row of a row number.
+    pub fn row_at(&self, number: u64) -> (u64, u32) {
+        let chunk = u64::from(self.chunk_blocks);
+        (number / chunk, (number % chunk) as u32)
+    }
+
+    /// The row numbers of a zone.
+    pub fn zone_rows(&self, zone: u64) -> Range<u64> {
+        let end = ((zone + 1) * self.zone_stripes()).min(self.stripes);
+        self.row_number(zone * self.zone_stripes(), 0)..self.row_number(end, 0)
+    }
+
+    /// Byte offset of the guard region.
+    pub fn guards_at(&self) -> u64 {
+        LOG_AT + u64::from(self.log_blocks) * BLOCK64
+    }
+
     /// Byte offset of the data region.
     pub fn data_at(&self) -> u64 {
-        (GUARDS_AT + self.pages() * BLOCK64).next_multiple_of(self.chunk_bytes())
+        (self.guards_at() + self.pages() * BLOCK64).next_multiple_of(self.chunk_bytes())
     }
 
     /// Byte offset of the second superblock.
@@ -266,22 +369,19 @@ impl Geometry {
 
     /// Pages of the guard region.
     pub fn pages(&self) -> u64 {
-        (self.stripes / self.members as u64 * u64::from(self.chunk_blocks))
+        (self.stripes / self.group() * u64::from(self.chunk_blocks))
             .div_ceil(self.page_rows() as u64)
     }
 
     /// Byte offset of a page of the guard region.
     pub fn page_at(&self, page: u64) -> u64 {
-        GUARDS_AT + page * BLOCK64
+        self.guards_at() + page * BLOCK64
     }
 
     /// Tuples on a page for the rows at one height of a group of stripes: one
-    /// a data chunk, and one for each column at the parity (GEO-1).
+    /// a data chunk, and those of the whole row at each parity (GEO-1).
     pub fn record_tuples(&self) -> usize {
-        match self.level {
-            Level::Single => 1,
-            Level::Raid5 => 2 * self.columns(),
-        }
+        self.columns() + self.level.parities() * self.width()
     }
 
     /// Rows of each stripe of a group that a page covers: a power of two, so
@@ -293,7 +393,7 @@ impl Geometry {
 
     /// The page that holds the tuples of a row, and the record on it.
     pub fn page_of(&self, stripe: u64, row: u32) -> (u64, usize) {
-        let height = stripe / self.members as u64 * u64::from(self.chunk_blocks) + u64::from(row);
+        let height = stripe / self.group() * u64::from(self.chunk_blocks) + u64::from(row);
         (height / self.page_rows() as u64, (height % self.page_rows() as u64) as usize)
     }
 
@@ -302,34 +402,63 @@ impl Geometry {
     pub fn row_of(&self, page: u64, record: usize, position: usize) -> (u64, u32) {
         let height = page * self.page_rows() as u64 + record as u64;
         let group = height / u64::from(self.chunk_blocks);
-        (
-            group * self.members as u64 + position as u64,
-            (height % u64::from(self.chunk_blocks)) as u32,
-        )
+        (group * self.group() + position as u64, (height % u64::from(self.chunk_blocks)) as u32)
     }
 
-    /// Stripes of the smallest range whose rows share no page with others.
-    pub fn page_stripes(&self) -> u64 {
-        let groups = (self.page_rows() as u64).div_ceil(u64::from(self.chunk_blocks));
-        groups * self.members as u64
+    /// Where a stripe lies in its group.
+    pub fn position(&self, stripe: u64) -> usize {
+        (stripe % self.group()) as usize
+    }
+
+    /// Stripes of a zone: the smallest range whose rows share no page with
+    /// others. Members are rebuilt and looked through by zones.
+    pub fn zone_stripes(&self) -> u64 {
+        (self.page_rows() as u64).div_ceil(u64::from(self.chunk_blocks)) * self.group()
+    }
+
+    /// Zones of the array.
+    pub fn zones(&self) -> u64 {
+        self.stripes.div_ceil(self.zone_stripes())
+    }
+
+    /// The zone of a stripe.
+    pub fn zone_of(&self, stripe: u64) -> u64 {
+        stripe / self.zone_stripes()
+    }
+
+    /// The pages of a zone.
+    pub fn zone_pages(&self, zone: u64) -> Range<u64> {
+        let per = (u64::from(self.chunk_blocks) / self.page_rows() as u64).max(1);
+        zone * per..((zone + 1) * per).min(self.pages())
+    }
+
+    /// The zone of a page.
+    pub fn zone_of_page(&self, page: u64) -> u64 {
+        page / (u64::from(self.chunk_blocks) / self.page_rows() as u64).max(1)
+    }
+
+    /// The zone that a byte of a member belongs to; `None` in superblocks and
+    /// log, which belong to none.
+    pub fn zone_at(&self, at: u64) -> Option<u64> {
+        if at >= self.second_superblock_at() || at < self.guards_at() {
+            None
+        } else if at < self.data_at() {
+            Some(self.zone_of_page((at - self.guards_at()) / BLOCK64))
+        } else {
+            Some(self.zone_of((at - self.data_at()) / self.chunk_bytes()))
+        }
     }
 
     /// The tuples of a record that member `member` holds for the stripe at
-    /// `position` in its group: one if it has data there, one for each column
-    /// if it has the parity.
+    /// `position` in its group: one if it has data there, those of the whole
+    /// row if it has parity.
     pub fn record_range(&self, member: usize, position: usize) -> Range<usize> {
-        let columns = self.columns();
-        match self.level {
-            Level::Single => 0..1,
-            Level::Raid5 => {
-                let parity_position = self.members - 1 - member;
-                match position.cmp(&parity_position) {
-                    std::cmp::Ordering::Less => position..position + 1,
-                    std::cmp::Ordering::Equal => position..position + columns,
-                    std::cmp::Ordering::Greater => position - 1 + columns..position + columns,
-                }
-            }
-        }
+        let len = |position: usize| match self.role(position as u64, member) {
+            Role::Data(_) => 1,
+            Role::P | Role::Q => self.width(),
+        };
+        let from = (0..position).map(len).sum();
+        from..from + len(position)
     }
 }
 
@@ -338,22 +467,25 @@ mod tests {
     use super::*;
 
     fn shapes() -> impl Iterator<Item = Geometry> {
-        let raid5 = [(3, 64), (4, 64), (5, 4), (9, 1024), (16, 64), (16, 4)];
-        let raid5 = raid5.into_iter().map(|(n, kib)| (Level::Raid5, n, kib));
-        raid5
-            .chain([(Level::Single, 1, 64)])
-            .map(|(level, n, kib)| Geometry::new(level, n, kib << 10, 200 << 20).unwrap())
+        let counts = [(3, 64), (4, 64), (5, 4), (9, 1024), (16, 64), (16, 4)];
+        let raid5 = counts.into_iter().map(|(n, kib)| (Level::Raid5, n, kib));
+        let raid6 = counts.into_iter().skip(1).map(|(n, kib)| (Level::Raid6, n, kib));
+        let mirrors = [(Level::Single, 1, 64), (Level::Raid1, 2, 64), (Level::Raid1, 8, 4)];
+        raid5.chain(raid6).chain(mirrors).map(|(level, n, kib)| {
+            let g = Geometry::new(level, n, kib << 10, 200 << 20).unwrap();
+            assert!(g.is_possible());
+            g
+        })
     }
 
     #[test]
     fn regions_do_not_overlap_and_little_is_left_over() {
         for g in shapes() {
             let end = g.member_offset(g.stripes, 0);
-            assert!(GUARDS_AT + g.pages() * BLOCK64 <= g.data_at(), "{g:?}");
+            assert!(g.guards_at() + g.pages() * BLOCK64 <= g.data_at(), "{g:?}");
             assert!(end <= g.second_superblock_at(), "{g:?}");
             assert!(
-                g.second_superblock_at() - end
-                    <= 2 * g.members as u64 * g.chunk_bytes() + (1 << 20),
+                g.second_superblock_at() - end <= 2 * g.group() * g.chunk_bytes() + (1 << 20),
                 "{g:?}"
             );
         }
@@ -363,22 +495,23 @@ mod tests {
     fn rows_members_and_tuples_are_one_to_one() {
         for g in shapes() {
             let mut seen = std::collections::HashSet::new();
-            for stripe in 0..(2 * g.page_stripes()).min(g.stripes) {
-                for column in 0..g.columns() {
-                    let member = g.data_member(stripe, column);
-                    assert_eq!(g.role(stripe, member), Role::Data(column));
+            for stripe in 0..(2 * g.zone_stripes()).min(g.stripes) {
+                let parities = [(g.parity_member(stripe), Role::P), (g.q_member(stripe), Role::Q)];
+                let data =
+                    (0..g.columns()).map(|c| (Some(g.data_member(stripe, c)), Role::Data(c)));
+                for (member, role) in data.chain(parities) {
+                    assert!(member.is_none_or(|m| g.role(stripe, m) == role), "{g:?}");
                 }
-                if let Some(parity) = g.parity_member(stripe) {
-                    assert_eq!(g.role(stripe, parity), Role::Parity);
-                }
-                let position = (stripe % g.members as u64) as usize;
+                let position = g.position(stripe);
                 for row in 0..g.chunk_blocks {
                     let (page, record) = g.page_of(stripe, row);
                     assert_eq!(g.row_of(page, record, position), (stripe, row));
                     for member in 0..g.members {
                         let range = g.record_range(member, position);
-                        let want =
-                            if g.role(stripe, member) == Role::Parity { g.columns() } else { 1 };
+                        let want = match g.role(stripe, member) {
+                            Role::Data(_) => 1,
+                            Role::P | Role::Q => g.width(),
+                        };
                         assert_eq!(range.len(), want);
                         for t in range {
                             let index = record * g.record_tuples() + t;
@@ -404,6 +537,15 @@ mod tests {
                 }
             }
             assert_eq!(next, g.row_shape().stripe_blocks() * 7 + 3);
+            for stripe in [0, 1, g.stripes / 2, g.stripes - 1] {
+                for row in [0, g.chunk_blocks - 1] {
+                    let zone = Some(g.zone_of(stripe));
+                    let (page, _) = g.page_of(stripe, row);
+                    assert_eq!(g.zone_at(g.member_offset(stripe, row)), zone);
+                    assert_eq!(g.zone_at(g.page_at(page)), zone);
+                    assert!(g.zone_pages(g.zone_of(stripe)).contains(&page), "{g:?}");
+                }
+            }
             let per = g.row_shape().stripe_blocks();
             for block in (0..per * 3).chain([g.size() / BLOCK64 - 1]) {
                 let p = g.place(block);

@@ -1,28 +1,41 @@
 //! The tuples of the rows in use, and their way to the members.
 //!
-//! One copy of each data block's tuple is held here; on disk it lies with the
-//! block and, once more, with the row's parity. The guard of P is not stored:
-//! it follows from those of the data.
+//! One copy of each tuple is held here; on disk it lies with the block and,
+//! once more, with each parity of the row. The guard of P is not stored: it
+//! follows from those of the data. That of Q is, as a column behind the data.
 //!
 //! PAGE-1: a page written to a member holds only tuples that the log knows
 //! (the log comes first), so a page torn out of a crash is never ahead of it.
 //!
 //! PAGE-2: a page goes to a member as a private copy, so changes meanwhile
 //! wait for the next write of the same page, which then carries them all.
+//!
+//! PAGE-3: tuples stay here until room is wanted, in this cache or in the
+//! log; a set that was not written to all its members is never forgotten.
+//!
+//! PAGE-4: of two copies of a tuple the one with the higher sequence counts,
+//! whatever the data says: a member that lost a write has lost its tuple too.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Rc;
 
 use smallvec::SmallVec;
 use stableio_block::sync::Condition;
-use stableio_block::{Error, Kind};
+use stableio_block::{Body, Error, Kind, Request, sync::join};
 use stableio_mem::BLOCK;
 
 use crate::engine::Engine;
 use crate::geometry::{Geometry, Place, Role};
-use crate::health::Health;
-use crate::tuple::{Owner, ParsedPage, State, Tuple, encode_page, parse_page};
+use crate::health::{Health, Often};
+use crate::tuple::{Owner, Sector, State, Tuple, encode_page, parse_page};
+
+/// Sets of pages that are written to make room in the cache.
+const WRITTEN_AT_ONCE: usize = 32;
+/// Pages that are written as one, and such runs under way at once.
+const RUN: usize = 32;
+const RUNS_AT_ONCE: usize = 4;
 
 /// The cached pages of an array.
 pub(crate) struct Pages {
@@ -31,13 +44,32 @@ pub(crate) struct Pages {
     slots: Rc<Slots>,
 }
 
+/// Page numbers are ours: nobody outside can choose them to collide, so that
+/// a multiplication is enough, and each lookup of the data path cheap.
+#[derive(Default)]
+struct PageHash(u64);
+
+impl Hasher for PageHash {
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("pages are numbers");
+    }
+
+    fn write_u64(&mut self, page: u64) {
+        self.0 = page.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// By member, for each tuple of its copy of a page, in order, where it is in
 /// the set. The same for every page, as the parity's place repeats with each
 /// group of stripes.
 type Slots = Vec<Vec<u16>>;
 
 struct Cache {
-    sets: HashMap<u64, Option<Rc<PageSet>>>,
+    sets: HashMap<u64, Option<Rc<PageSet>>, BuildHasherDefault<PageHash>>,
     order: VecDeque<u64>,
     capacity: usize,
 }
@@ -48,9 +80,6 @@ pub(crate) struct PageSet {
     geometry: Geometry,
     /// By record, position in the group, column.
     tuples: RefCell<Vec<Tuple>>,
-    /// Tuples whose second copy says something else: both were written well,
-    /// so the data decides.
-    disputes: RefCell<Vec<(usize, Tuple)>>,
     slots: Rc<Slots>,
     commits: Vec<Commit>,
     sequence: Cell<u64>,
@@ -68,10 +97,9 @@ struct Commit {
 
 impl Pages {
     pub(crate) fn new(geometry: &Geometry, bytes: usize) -> Self {
-        let set =
-            geometry.page_rows() * geometry.members * geometry.columns() * size_of::<Tuple>() + 512;
+        let set = geometry.page_rows() * row_tuples(geometry) * size_of::<Tuple>() + 512;
         let capacity = (bytes / set).max(16);
-        let cache = Cache { sets: HashMap::new(), order: VecDeque::new(), capacity };
+        let cache = Cache { sets: HashMap::default(), order: VecDeque::new(), capacity };
         let slots = (0..geometry.members).map(|member| slots(geometry, member)).collect();
         Self { cache: RefCell::new(cache), loaded: Condition::default(), slots: Rc::new(slots) }
     }
@@ -88,15 +116,23 @@ impl Pages {
         }
         found
     }
+
+    /// Sets with changes that some member does not have, oldest first.
+    fn dirty(&self, most: usize) -> Vec<Rc<PageSet>> {
+        let cache = self.cache.borrow();
+        let sets = cache.order.iter().filter_map(|page| cache.sets.get(page)?.clone());
+        sets.filter(|set| !set.is_clean()).take(most).collect()
+    }
 }
 
 impl Cache {
-    /// Makes room by dropping what nobody uses and nobody used lately.
-    fn shrink(&mut self) {
+    /// Makes room by dropping what nobody uses and nobody used lately; says
+    /// whether there is.
+    fn shrink(&mut self) -> bool {
         let mut tries = 2 * self.order.len();
         while self.sets.len() >= self.capacity && tries > 0 {
             tries -= 1;
-            let Some(page) = self.order.pop_front() else { return };
+            let Some(page) = self.order.pop_front() else { break };
             match self.sets.get(&page) {
                 Some(Some(set))
                     if Rc::strong_count(set) == 1 && !set.used.replace(false) && set.is_clean() =>
@@ -107,6 +143,7 @@ impl Cache {
                 None => {}
             }
         }
+        self.sets.len() < self.capacity
     }
 }
 
@@ -126,8 +163,13 @@ impl Engine {
                 || (!matches!(self.pages.cache.borrow().sets.get(&page), Some(None))).then_some(());
             self.pages.loaded.wait_for(arrived).await;
         }
-        self.pages.cache.borrow_mut().shrink();
         self.pages.cache.borrow_mut().sets.insert(page, None);
+        if !self.pages.cache.borrow_mut().shrink() {
+            // All in use, or changed: some are written, so that the next ones
+            // find room.
+            Box::pin(self.write_pages(WRITTEN_AT_ONCE)).await;
+            self.pages.cache.borrow_mut().shrink();
+        }
         let set = Box::pin(self.load(page)).await;
         let mut cache = self.pages.cache.borrow_mut();
         cache.sets.insert(page, Some(set.clone()));
@@ -139,61 +181,113 @@ impl Engine {
 
     /// Reads a page from every member and puts the tuples together.
     async fn load(&self, page: u64) -> Rc<PageSet> {
+        let (set, to_mend) = self.read_copies(page).await;
+        let set = Rc::new(set);
+        for member in to_mend {
+            self.mend_page(&set, member).await;
+        }
+        set
+    }
+
+    /// A page as its copies on all members say, and the members whose copy is
+    /// damaged or old.
+    pub(crate) async fn read_copies(&self, page: u64) -> (PageSet, Vec<usize>) {
         let mut merge = Merge::new(self.geometry, page, self.pages.slots.clone());
-        let at = self.geometry.page_at(page);
+        let (at, zone) = (self.geometry.page_at(page), self.geometry.zone_of_page(page));
         let mut memory =
             self.meta.reserve(BLOCK * self.members.len()).await.expect("smaller than the pool");
         let mut reads = Vec::new();
-        for member in (0..self.members.len()).filter(|m| self.alive(*m)) {
+        for member in (0..self.members.len()).filter(|m| self.holds_zone(*m, zone)) {
             let mut buf = memory.take(BLOCK);
-            let ticket = self.read_member(member, at, buf.target(0..BLOCK));
-            reads.push((member, buf, ticket));
+            let sent = self.read_member(member, at, buf.target(0..BLOCK));
+            reads.push((member, buf, sent));
         }
-        let mut to_mend = Vec::new();
-        for (member, buf, ticket) in reads {
-            let parsed = match ticket.await {
-                Ok(_) => {
-                    let count = self.geometry.page_rows() * self.geometry.record_tuples();
-                    parse_page(buf.freeze().contiguous(0, BLOCK), page, self.owner(member), count)
-                }
-                Err(error) => {
-                    Health::add(&self.health.members[member].read_errors);
-                    self.health.event(format!("read error: {error}"));
-                    ParsedPage::Bad
-                }
-            };
-            if merge.add(member, parsed) == Worth::Nothing {
-                Health::add(&self.health.members[member].mismatches);
-                to_mend.push(member);
+        for (member, buf, sent) in reads {
+            if let Err(error) = self.arrived(sent).await {
+                self.note_read_error(member, &error);
+                merge.add(member, None, self.owner(member));
+                continue;
             }
+            merge.add(member, Some(buf.freeze().contiguous(0, BLOCK)), self.owner(member));
         }
-        let (set, blank_but_written) = merge.finish();
-        to_mend.extend(blank_but_written);
-        let set = Rc::new(set);
-        for member in to_mend {
-            let name = &self.health.members[member].name;
-            self.health.event(format!(
-                "{name}: page {page} of tuples was damaged, mended from its copies"
-            ));
-            Health::add(&self.health.tuples_mended);
-            set.commits[member].wanted.set(1);
-            if let Err(error) = self.commit(&set, member).await {
-                self.drop_member(member, &error);
-            }
-        }
-        set
+        merge.finish()
+    }
+
+    /// Writes a member's copy of a page anew.
+    pub(crate) async fn mend_page(&self, set: &PageSet, member: usize) {
+        let (name, page) = (self.health.members[member].name(), set.page);
+        Health::add(&self.health.members[member].mismatches);
+        self.health.often(Often::Tuple, || {
+            format!("{name}: page {page} of tuples was damaged or old, mended from its copies")
+        });
+        Health::add(&self.health.tuples_mended);
+        set.want(member);
+        self.commit(set, member).await;
     }
 
     fn owner(&self, role: usize) -> Owner {
         Owner { array: self.array, role }
     }
 
+    /// Writes up to so many sets of pages to all members that lack changes;
+    /// pages that follow each other go together.
+    pub(crate) async fn write_pages(&self, most: usize) {
+        let mut dirty = self.pages.dirty(most);
+        dirty.sort_unstable_by_key(|set| set.page);
+        let follows = |a: &Rc<PageSet>, b: &Rc<PageSet>| {
+            let zone = |set: &PageSet| self.geometry.zone_of_page(set.page);
+            a.page + 1 == b.page && (zone(a) == zone(b) || !self.is_filling())
+        };
+        let runs: Vec<&[Rc<PageSet>]> =
+            dirty.chunk_by(follows).flat_map(|run| run.chunks(RUN)).collect();
+        for runs in runs.chunks(RUNS_AT_ONCE) {
+            let copies = runs.iter().flat_map(|run| {
+                (0..self.members.len()).map(move |member| self.commit_run(run, member))
+            });
+            join(copies).await;
+        }
+    }
+
+    /// The same for a member and pages that follow each other.
+    async fn commit_run(&self, run: &[Rc<PageSet>], member: usize) {
+        let zone = self.geometry.zone_of_page(run[0].page);
+        let wants = |set: &Rc<PageSet>| {
+            let commit = &set.commits[member];
+            !commit.busy.get() && commit.done.get() < commit.wanted.get()
+        };
+        let together: Vec<&Rc<PageSet>> = run.iter().filter(|set| wants(set)).collect();
+        if together.len() < run.len() || run.len() == 1 || !self.holds_zone(member, zone) {
+            join(run.iter().map(|set| self.commit(set, member))).await;
+            return;
+        }
+        for set in run {
+            set.commits[member].busy.set(true);
+        }
+        let len = run.len() * BLOCK;
+        let mut buf = self.meta.reserve(len).await.expect("smaller than the pool").take(len);
+        let mut covers = SmallVec::<[u64; RUN]>::new();
+        for (i, set) in run.iter().enumerate() {
+            covers.push(set.commits[member].wanted.get());
+            let block = buf.range_mut(i * BLOCK..(i + 1) * BLOCK).next();
+            set.encode(self.owner(member), block.expect("a block is one piece"));
+        }
+        let at = self.geometry.page_at(run[0].page);
+        self.settled(self.write_member(member, at, buf.freeze().source())).await;
+        for (set, covers) in run.iter().zip(covers) {
+            let commit = &set.commits[member];
+            commit.busy.set(false);
+            commit.done.set(covers);
+            set.settled.notify();
+        }
+    }
+
     /// Waits until a member's copy of the page has every change so far; writes
-    /// it if nobody else does (PAGE-2).
-    pub(crate) async fn commit(&self, set: &PageSet, member: usize) -> Result<(), Error> {
+    /// it if nobody else does (PAGE-2). A member that fails is dropped.
+    pub(crate) async fn commit(&self, set: &PageSet, member: usize) {
         let commit = &set.commits[member];
         let goal = commit.wanted.get();
-        while commit.done.get() < goal && self.alive(member) {
+        let zone = self.geometry.zone_of_page(set.page);
+        while commit.done.get() < goal && self.holds_zone(member, zone) {
             if commit.busy.get() {
                 set.settled.wait_for(|| (!commit.busy.get()).then_some(())).await;
                 continue;
@@ -201,23 +295,30 @@ impl Engine {
             commit.busy.set(true);
             let mut memory = self.meta.reserve(BLOCK).await.expect("smaller than the pool");
             let covers = commit.wanted.get();
-            set.sequence.set(set.sequence.get() + 1);
             let mut buf = memory.take(BLOCK);
             set.encode(
                 self.owner(member),
                 buf.pieces_mut().next().expect("one block is one piece"),
             );
-            let written = self
-                .write_member(member, self.geometry.page_at(set.page), buf.freeze().source())
-                .await;
+            let at = self.geometry.page_at(set.page);
+            self.settled(self.write_member(member, at, buf.freeze().source())).await;
             commit.busy.set(false);
-            if written.is_ok() {
-                commit.done.set(covers);
-            }
+            commit.done.set(covers);
             set.settled.notify();
-            written?;
         }
-        Ok(())
+        // Who does not hold it has nothing to be written.
+        commit.done.set(commit.done.get().max(goal));
+    }
+
+    /// Writes a page to the member that is being filled, which does not have
+    /// its zone yet.
+    pub(crate) async fn fill_page(&self, set: &PageSet, member: usize) -> Result<(), Error> {
+        let mut memory = self.scratch.reserve(BLOCK).await.expect("smaller than the pool");
+        let mut buf = memory.take(BLOCK);
+        set.encode(self.owner(member), buf.pieces_mut().next().expect("one block is one piece"));
+        let body = Body::Segments(buf.freeze().source());
+        let at = self.geometry.page_at(set.page);
+        self.on_device(member, true, Request::write(at, body, false)).await
     }
 }
 
@@ -231,7 +332,7 @@ impl PageSet {
         let g = &self.geometry;
         let (page, record) = g.page_of(place.stripe, place.row);
         debug_assert_eq!(page, self.page);
-        index(g, record, (place.stripe % g.members as u64) as usize, place.column)
+        index(g, record, g.position(place.stripe), place.column)
     }
 
     /// What is known of a block.
@@ -241,30 +342,22 @@ impl PageSet {
 
     /// What is known of `count` blocks in rows that follow each other.
     pub(crate) fn tuples(&self, first: Place, count: usize) -> SmallVec<[Tuple; 16]> {
-        let (from, step) = (self.index(first), self.geometry.members * self.geometry.columns());
+        let (from, step) = (self.index(first), row_tuples(&self.geometry));
         let tuples = self.tuples.borrow();
         (0..count).map(|i| tuples[from + i * step]).collect()
     }
 
-    /// The other version of a disputed tuple.
-    pub(crate) fn disputed(&self, place: Place) -> Option<Tuple> {
-        let index = self.index(place);
-        self.disputes.borrow().iter().find(|(i, _)| *i == index).map(|(_, t)| *t)
-    }
-
-    /// Sets a tuple; the pages of its member and of the parity's want to be
-    /// written, which [`Engine::commit`] does. Says which members.
-    pub(crate) fn set(&self, place: Place, tuple: Tuple) -> impl Iterator<Item = usize> + use<> {
+    /// Sets a tuple. The pages of all that hold it want to be written, which
+    /// [`Engine::commit`] does.
+    pub(crate) fn set(&self, place: Place, tuple: Tuple) {
         let index = self.index(place);
         self.tuples.borrow_mut()[index] = tuple;
-        self.disputes.borrow_mut().retain(|(i, _)| *i != index);
-        let data = self.geometry.data_member(place.stripe, place.column);
-        let holders = [Some(data), self.geometry.parity_member(place.stripe)];
-        for member in holders.into_iter().flatten() {
-            let wanted = &self.commits[member].wanted;
-            wanted.set(wanted.get() + 1);
-        }
-        holders.into_iter().flatten()
+        self.geometry.tuple_holders(place.stripe, place.column).for_each(|m| self.want(m));
+    }
+
+    fn want(&self, member: usize) {
+        let wanted = &self.commits[member].wanted;
+        wanted.set(wanted.get() + 1);
     }
 
     /// The guard that a row's parity has, by the guards of its data; `None`
@@ -281,26 +374,37 @@ impl PageSet {
         self.commits.iter().all(|c| !c.busy.get() && c.done.get() >= c.wanted.get())
     }
 
+    /// Whether all tuples are the same as those of another reading.
+    pub(crate) fn agrees(&self, other: &PageSet) -> bool {
+        *self.tuples.borrow() == *other.tuples.borrow()
+    }
+
     /// Writes the bytes of a member's copy of the page.
     fn encode(&self, owner: Owner, into: &mut [u8]) {
+        self.sequence.set(self.sequence.get() + 1);
         let tuples = self.tuples.borrow();
         let own = self.slots[owner.role].iter().map(|slot| &tuples[usize::from(*slot)]);
         encode_page(self.page, self.sequence.get(), owner, own, into);
     }
 }
 
+/// Tuples of the rows at one height of a group.
+fn row_tuples(g: &Geometry) -> usize {
+    g.group() as usize * g.width()
+}
+
 fn index(g: &Geometry, record: usize, position: usize, column: usize) -> usize {
-    (record * g.members + position) * g.columns() + column
+    record * row_tuples(g) + position * g.width() + column
 }
 
 fn slots(g: &Geometry, member: usize) -> Vec<u16> {
     let mut slots = Vec::with_capacity(g.page_rows() * g.record_tuples());
     for record in 0..g.page_rows() {
-        for position in 0..g.members {
+        for position in 0..g.group() as usize {
             let slot = |column| index(g, record, position, column) as u16;
             match g.role(position as u64, member) {
                 Role::Data(column) => slots.push(slot(column)),
-                Role::Parity => slots.extend((0..g.columns()).map(slot)),
+                Role::P | Role::Q => slots.extend((0..g.width()).map(slot)),
             }
             let end = record * g.record_tuples() + g.record_range(member, position).end;
             assert_eq!(slots.len(), end, "the order is the format's");
@@ -315,78 +419,96 @@ struct Merge {
     page: u64,
     slots: Rc<Slots>,
     sequence: u64,
-    /// What the copies say, with whether a written page said it and whose.
-    found: Vec<Vec<(Tuple, bool, usize)>>,
-}
-
-#[derive(PartialEq, Eq)]
-enum Worth {
-    Something,
-    Nothing,
+    /// By tuple: the newest copy, and 1 + the sequence of its sector; 0 where
+    /// there is none, 1 in a sector that was never written.
+    found: Vec<(u64, Tuple)>,
+    /// What each member said, in its order.
+    said: Vec<(usize, Vec<Tuple>)>,
+    /// Members with a damaged sector.
+    damaged: Vec<usize>,
 }
 
 impl Merge {
     fn new(geometry: Geometry, page: u64, slots: Rc<Slots>) -> Self {
-        let found = vec![Vec::new(); geometry.page_rows() * geometry.members * geometry.columns()];
-        Self { geometry, page, slots, sequence: 0, found }
+        let lost = Tuple { state: State::Lost, ..Tuple::UNWRITTEN };
+        let found = vec![(0, lost); geometry.page_rows() * row_tuples(&geometry)];
+        Self { geometry, page, slots, sequence: 0, found, said: Vec::new(), damaged: Vec::new() }
     }
 
-    fn add(&mut self, member: usize, parsed: ParsedPage) -> Worth {
-        let slots = self.slots[member].iter().map(|slot| usize::from(*slot));
-        match parsed {
-            ParsedPage::Bad => return Worth::Nothing,
-            ParsedPage::Blank => {
-                slots
-                    .into_iter()
-                    .for_each(|slot| self.found[slot].push((Tuple::UNWRITTEN, false, member)));
-            }
-            ParsedPage::Good(sequence, tuples) => {
-                self.sequence = self.sequence.max(sequence);
-                for (slot, tuple) in slots.zip(tuples) {
-                    self.found[slot].push((tuple, true, member));
+    /// What a member has; nothing if it could not be read.
+    fn add(&mut self, member: usize, bytes: Option<&[u8]>, owner: Owner) {
+        let Some(bytes) = bytes else {
+            self.damaged.push(member);
+            return;
+        };
+        let slots = &self.slots[member];
+        let width = self.geometry.width();
+        let q = (width > self.geometry.columns()).then(|| width - 1);
+        let mut said = Vec::with_capacity(slots.len());
+        for (range, sector) in parse_page(bytes, self.page, owner) {
+            let slots = &slots[range.start.min(slots.len())..range.end.min(slots.len())];
+            let (age, tuples) = match sector {
+                Sector::Bad => {
+                    if self.damaged.last() != Some(&member) {
+                        self.damaged.push(member);
+                    }
+                    said.extend(slots.iter().map(|slot| self.found[usize::from(*slot)].1));
+                    continue;
                 }
-            }
-        }
-        Worth::Something
-    }
-
-    /// The set, and the members whose page is blank although a copy of what
-    /// it should hold was written.
-    fn finish(self) -> (PageSet, Vec<usize>) {
-        let mut tuples = Vec::with_capacity(self.found.len());
-        let mut disputes = Vec::new();
-        let mut blank_but_written = Vec::new();
-        for (slot, found) in self.found.into_iter().enumerate() {
-            let tuple = match found[..] {
-                [] => Tuple { state: State::Lost, ..Tuple::UNWRITTEN },
-                [(one, ..)] => one,
-                [(one, ..), (other, ..), ..] if one == other => one,
-                [(one, true, _), (_, false, blank), ..]
-                | [(_, false, blank), (one, true, _), ..] => {
-                    blank_but_written.push(blank);
-                    one
-                }
-                [(one, ..), (other, ..), ..] => {
-                    disputes.push((slot, other));
-                    one
+                Sector::Blank => (1, None),
+                Sector::Good(sequence, tuples) => {
+                    self.sequence = self.sequence.max(sequence);
+                    (sequence.saturating_add(1), Some(tuples))
                 }
             };
-            tuples.push(tuple);
+            for (i, slot) in slots.iter().map(|slot| usize::from(*slot)).enumerate() {
+                let tuple = tuples.as_ref().map_or(Tuple::UNWRITTEN, |tuples| tuples[i]);
+                said.push(tuple);
+                // Q is never lost: nobody knew it, as none of its members was
+                // there. Whoever knows it again counts.
+                let unknown = tuple.state == State::Lost && q == Some(slot % width);
+                let age = if unknown { 0 } else { age };
+                let found = &mut self.found[slot];
+                if found.0 < age {
+                    *found = (age, tuple);
+                }
+            }
         }
-        blank_but_written.sort_unstable();
-        blank_but_written.dedup();
+        self.said.push((member, said));
+    }
+
+    /// The set, and the members whose copy says something else, or nothing.
+    fn finish(self) -> (PageSet, Vec<usize>) {
+        let mut to_mend = self.damaged;
+        for (member, said) in &self.said {
+            let mut pairs = said.iter().zip(&self.slots[*member]);
+            if pairs.any(|(tuple, slot)| *tuple != self.found[usize::from(*slot)].1) {
+                to_mend.push(*member);
+            }
+        }
+        to_mend.sort_unstable();
+        to_mend.dedup();
+        let mut tuples: Vec<Tuple> = self.found.into_iter().map(|(_, tuple)| tuple).collect();
+        if self.geometry.width() > self.geometry.columns() {
+            // Of a row without a written block nobody has to know Q.
+            for row in tuples.chunks_exact_mut(self.geometry.width()) {
+                let (q, data) = row.split_last_mut().expect("a row has tuples");
+                if q.state == State::Lost && data.iter().all(|t| t.state == State::Unwritten) {
+                    *q = Tuple::UNWRITTEN;
+                }
+            }
+        }
         let commits = (0..self.geometry.members).map(|_| Commit::default()).collect();
         let set = PageSet {
             page: self.page,
             geometry: self.geometry,
             tuples: RefCell::new(tuples),
-            disputes: RefCell::new(disputes),
             slots: self.slots,
             commits,
             sequence: Cell::new(self.sequence),
             settled: Condition::default(),
             used: Cell::new(true),
         };
-        (set, blank_but_written)
+        (set, to_mend)
     }
 }

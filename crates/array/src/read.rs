@@ -6,15 +6,20 @@
 //! READ-2: a mismatch seen without the token proves nothing: a write may be
 //! under way, or the owner changed its buffer. Only
 //! [`mend`](Engine::mend) judges.
+//!
+//! READ-3: who keeps changing its buffers is told so, and its stack reads
+//! privately for a while ([`stableio_block::Issuer`]).
 
 use std::ops::Range;
 
 use smallvec::SmallVec;
-use stableio_block::{Extent, Into, Kind, Reply, path::Stage};
+use stableio_block::{Extent, Into, Issuer, Kind, Reply, path::Stage};
 use stableio_mem::{BLOCK, ForeignBuf, PoolBuf, Reservation, SgList, StableBuf, doors};
+use std::sync::Arc;
 
 use crate::engine::Engine;
 use crate::geometry::Place;
+use crate::health::Health;
 use crate::tuple::State;
 
 /// Where a read goes.
@@ -24,6 +29,10 @@ enum Target {
 }
 
 impl Target {
+    fn is_ours(&self) -> bool {
+        matches!(self, Target::Pool(_))
+    }
+
     /// A part, for the kernel to fill.
     fn part(&mut self, from: usize, len: usize) -> SgList {
         match self {
@@ -80,8 +89,10 @@ pub(crate) fn mismatches(buf: &mut PoolBuf, from: usize, guards: &[u64]) -> Vec<
 /// Blocks next to each other on a member and in the target.
 struct Piece {
     first: Place,
-    blocks: usize,
     from: usize,
+    /// By block, as they were when the read was planned: one that was written
+    /// since does not match, and is read again.
+    guards: SmallVec<[u64; 16]>,
 }
 
 /// A read of a member, of one or more pieces.
@@ -99,6 +110,7 @@ impl Engine {
         at: u64,
         into: Into,
         memory: Option<Reservation>,
+        issuer: Option<Arc<Issuer>>,
     ) -> Result<Reply, Kind> {
         let len = into.len();
         let mut target = match into {
@@ -111,26 +123,32 @@ impl Engine {
         let begun: Vec<_> = reads
             .into_iter()
             .map(|read| {
-                (self.read_member(read.member, read.at, read.list), read.member, read.pieces)
+                let sent = match target.is_ours() {
+                    true => self.read_member(read.member, read.at, read.list),
+                    false => self.read_member_foreign(read.member, read.at, read.list),
+                };
+                (sent, read.member, read.pieces)
             })
             .collect();
         // Every ticket is waited for, whatever fails: as long as one is out
         // the kernel may still write into the target.
         let mut failure = None;
-        for (ticket, member, pieces) in begun {
-            let failed = match ticket.await {
+        let mut given_up = false;
+        for (sent, member, pieces) in begun {
+            let failed = match self.arrived(sent).await {
                 Ok(_) => false,
                 Err(error) if error.is_memory() => {
                     failure = Some(error.kind);
                     continue;
                 }
                 Err(error) => {
+                    given_up |= error.kind == Kind::Stalled;
                     self.note_read_error(member, &error);
                     true
                 }
             };
             for piece in pieces {
-                if let Err(kind) = self.judge(&piece, failed, &mut target, &mut aside).await {
+                if let Err(kind) = judge(&piece, failed, &mut target, &mut aside) {
                     failure = Some(kind);
                 }
             }
@@ -138,10 +156,25 @@ impl Engine {
         if let Some(kind) = failure {
             return Err(kind);
         }
+        if given_up {
+            // Into other memory, and without that member.
+            target = Target::Pool(self.instead(len));
+            aside = (0..len / BLOCK)
+                .map(|i| (self.geometry.place(at / BLOCK as u64 + i as u64), i * BLOCK))
+                .collect();
+        }
         drop(place);
         for (place, from) in aside {
-            let block = Box::pin(self.mend(place)).await?;
-            target.put(from, &block)?;
+            let mended = Box::pin(self.mend(place)).await?;
+            if mended.benign && !target.is_ours() && self.was_read(place) {
+                Health::add(&self.health.benign_mismatches);
+                if let Some(issuer) = &issuer
+                    && let Some(event) = issuer.changed_its_buffer()
+                {
+                    self.health.event(event);
+                }
+            }
+            target.put(from, &mended.block)?;
         }
         Ok(match target {
             Target::Foreign(_) => Reply::Done,
@@ -149,30 +182,22 @@ impl Engine {
         })
     }
 
-    /// Verifies a piece where it lies; what does not match goes aside.
-    async fn judge(
-        &self,
-        piece: &Piece,
-        failed: bool,
-        target: &mut Target,
-        aside: &mut Vec<(Place, usize)>,
-    ) -> Result<(), Kind> {
-        let place = |i: usize| Place { row: piece.first.row + i as u32, ..piece.first };
-        if failed {
-            aside.extend((0..piece.blocks).map(|i| (place(i), piece.from + i * BLOCK)));
-            return Ok(());
-        }
-        let first = self.block_number(piece.first);
-        let mut from = piece.from;
-        for (run, count) in self.geometry.runs(first..first + piece.blocks as u64) {
-            let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
-            let guards: SmallVec<[u64; 16]> = tuples.iter().map(|t| t.guard).collect();
-            for i in target.mismatches(from, &guards)? {
-                aside.push((Place { row: run.row + i as u32, ..run }, from + i * BLOCK));
-            }
-            from += count * BLOCK;
-        }
-        Ok(())
+    /// The member to read a run from: of a mirror's legs that have it, each
+    /// chunk another.
+    fn leg(&self, run: Place) -> usize {
+        let g = &self.geometry;
+        let legs = g.holders(run.stripe, run.column);
+        let whole = |leg: &usize| self.holds(*leg, run.stripe);
+        let alive = legs.clone().filter(whole).count().max(1);
+        let turn = run.stripe as usize % alive;
+        legs.clone().filter(whole).nth(turn).unwrap_or(legs.start)
+    }
+
+    /// Whether a block was read from a member before it went aside.
+    fn was_read(&self, place: Place) -> bool {
+        self.geometry
+            .holders(place.stripe, place.column)
+            .any(|member| self.holds(member, place.stripe))
     }
 
     /// Cuts a range into reads of members. Blocks that were never written are
@@ -189,17 +214,22 @@ impl Engine {
         let first = at / BLOCK as u64;
         let mut from = 0;
         for (run, count) in g.runs(first..first + (len / BLOCK) as u64) {
-            let member = g.data_member(run.stripe, run.column);
+            let member = self.leg(run);
             let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
             for (i, tuple) in tuples.iter().enumerate() {
                 let place = Place { row: run.row + i as u32, ..run };
                 match tuple.state {
                     State::Lost => return Err(self.lost(place)),
                     State::Unwritten => target.zero(from, BLOCK)?,
-                    State::Written if !self.alive(member) => aside.push((place, from)),
+                    State::Written if !self.holds(member, run.stripe) => aside.push((place, from)),
                     State::Written => match pieces.last_mut() {
-                        Some((_, last)) if last.continues(place, from) => last.blocks += 1,
-                        _ => pieces.push((member, Piece { first: place, blocks: 1, from })),
+                        Some((_, last)) if last.continues(place, from) => {
+                            last.guards.push(tuple.guard);
+                        }
+                        _ => {
+                            let guards = smallvec::smallvec![tuple.guard];
+                            pieces.push((member, Piece { first: place, from, guards }));
+                        }
                     },
                 }
                 from += BLOCK;
@@ -212,7 +242,7 @@ impl Engine {
         let mut reads: Vec<MemberRead> = Vec::new();
         for (member, piece) in pieces {
             let at = g.member_offset(piece.first.stripe, piece.first.row);
-            let list = target.part(piece.from, piece.blocks * BLOCK);
+            let list = target.part(piece.from, piece.guards.len() * BLOCK);
             match reads.last_mut() {
                 Some(last) if last.member == member && last.at + last.list.len() as u64 == at => {
                     last.list.append(list);
@@ -271,9 +301,9 @@ impl Engine {
         let alive = (0..self.members.len()).filter(|m| self.alive(*m));
         let begun: Vec<_> = alive.map(|member| self.map_member(member, from, len)).collect();
         let mut stored = Vec::new();
-        for ticket in begun {
+        for sent in begun {
             let mut at = pages.start * block;
-            if let Ok(Reply::Map(extents)) = ticket.await {
+            if let Ok(Reply::Map(extents)) = self.arrived(sent).await {
                 for extent in extents {
                     let end = at + extent.len;
                     if extent.data {
@@ -288,6 +318,24 @@ impl Engine {
         stored.retain(|range| !range.is_empty());
         merge(stored)
     }
+}
+
+/// Verifies a piece where it lies; what does not match goes aside.
+fn judge(
+    piece: &Piece,
+    failed: bool,
+    target: &mut Target,
+    aside: &mut Vec<(Place, usize)>,
+) -> Result<(), Kind> {
+    let place = |i: usize| Place { row: piece.first.row + i as u32, ..piece.first };
+    if failed {
+        aside.extend((0..piece.guards.len()).map(|i| (place(i), piece.from + i * BLOCK)));
+        return Ok(());
+    }
+    for i in target.mismatches(piece.from, &piece.guards)? {
+        aside.push((place(i), piece.from + i * BLOCK));
+    }
+    Ok(())
 }
 
 fn is_in(ranges: &[Range<u64>], number: u64) -> bool {
@@ -312,7 +360,7 @@ impl Piece {
     fn continues(&self, place: Place, from: usize) -> bool {
         self.first.stripe == place.stripe
             && self.first.column == place.column
-            && self.first.row + self.blocks as u32 == place.row
-            && self.from + self.blocks * BLOCK == from
+            && self.first.row + self.guards.len() as u32 == place.row
+            && self.from + self.guards.len() * BLOCK == from
     }
 }

@@ -1,26 +1,37 @@
 //! Tuples and the pages that they lie on.
 //!
 //! ```text
-//! tuple, 16 bytes                    page, 4096 bytes
-//!   0  guard, CRC64-NVMe     8         0  CRC64-NVMe of bytes 8 to 4095   8
-//!   8  application tag       2         8  page number                     8
+//! tuple, 16 bytes                    sector, 512 bytes; 8 of them are a page
+//!   0  guard, CRC64-NVMe     8         0  CRC64-NVMe of bytes 8 to 511    8
+//!   8  application tag       2         8  number: page × 8 + place        8
 //!  10  state                 2        16  sequence                        8
 //!  12  reference tag         4        24  first 4 bytes of the array id   4
-//!                                     28  role of the member              2
-//!                                     30  zero                            2
-//!                                     32  254 tuples                   4064
+//!                                     28  role of the member              1
+//!                                     29  zero                            3
+//!                                     32  30 tuples                     480
 //! ```
 //!
 //! The terms are those of T10 protection information. The reference tag is
-//! the low half of the block's number on the array. A page that is all zero
+//! the low half of the block's number on the array. A sector that is all zero
 //! was never written: all its tuples are unwritten.
+//!
+//! TUPLE-1: every sector stands for itself, so that a page that power failure
+//! tears is old in some sectors and new in others, and unknown in none.
+
+use std::ops::Range;
 
 use stableio_mem::BLOCK;
 
+use crate::geometry::PAGE_TUPLES;
 use crate::superblock::{Id, u32_at, u64_at};
 
 const TUPLE_LEN: usize = 16;
 const TUPLES_AT: usize = 32;
+const SECTOR: usize = 512;
+const SECTORS: usize = BLOCK / SECTOR;
+const SECTOR_TUPLES: usize = (SECTOR - TUPLES_AT) / TUPLE_LEN;
+
+const _: () = assert!(SECTORS * SECTOR_TUPLES == PAGE_TUPLES);
 
 /// What is known of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,19 +118,18 @@ pub struct Owner {
     pub role: usize,
 }
 
-/// What a page read from a member turned out to be.
-#[derive(Debug, PartialEq, Eq)]
-pub enum ParsedPage {
+/// What a sector read from a member turned out to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sector {
     /// Never written.
     Blank,
     /// Its sequence and tuples.
     Good(u64, Vec<Tuple>),
-    /// Damaged, or not this page.
+    /// Damaged, or not this sector.
     Bad,
 }
 
-/// Writes a page's bytes. At most
-/// [`PAGE_TUPLES`](crate::geometry::PAGE_TUPLES) fit.
+/// Writes a page's bytes. At most [`PAGE_TUPLES`] fit.
 pub fn encode_page<'a>(
     page: u64,
     sequence: u64,
@@ -129,33 +139,54 @@ pub fn encode_page<'a>(
 ) {
     assert_eq!(into.len(), BLOCK);
     into.fill(0);
-    into[8..16].copy_from_slice(&page.to_le_bytes());
-    into[16..24].copy_from_slice(&sequence.to_le_bytes());
-    into[24..28].copy_from_slice(&owner.array.0[..4]);
-    into[28..30].copy_from_slice(&(owner.role as u16).to_le_bytes());
-    let mut slots = into[TUPLES_AT..].chunks_exact_mut(TUPLE_LEN);
-    for tuple in tuples {
-        let slot = slots.next().expect("no more tuples than fit");
-        slot.copy_from_slice(&tuple.encode());
+    let mut tuples = tuples.into_iter();
+    for (i, sector) in into.chunks_exact_mut(SECTOR).enumerate() {
+        let number = page * SECTORS as u64 + i as u64;
+        sector[8..16].copy_from_slice(&number.to_le_bytes());
+        sector[16..24].copy_from_slice(&sequence.to_le_bytes());
+        sector[24..28].copy_from_slice(&owner.array.0[..4]);
+        sector[28] = owner.role as u8;
+        let slots = sector[TUPLES_AT..].chunks_exact_mut(TUPLE_LEN);
+        for (slot, tuple) in slots.zip(tuples.by_ref()) {
+            slot.copy_from_slice(&tuple.encode());
+        }
+        let crc = stableio_onepass::guard(&sector[8..]);
+        sector[..8].copy_from_slice(&crc.to_le_bytes());
     }
-    let crc = stableio_onepass::guard(&into[8..]);
-    into[..8].copy_from_slice(&crc.to_le_bytes());
+    assert!(tuples.next().is_none(), "no more tuples than fit");
 }
 
-/// Parses a page that should be `page` of `owner` and hold `count` tuples.
-pub fn parse_page(bytes: &[u8], page: u64, owner: Owner, count: usize) -> ParsedPage {
+/// Parses a page that should be `page` of `owner`: its sectors in order, each
+/// with the range of the page's tuples that it holds.
+///
+/// # Panics
+///
+/// When `bytes` is not one block.
+pub fn parse_page(
+    bytes: &[u8],
+    page: u64,
+    owner: Owner,
+) -> impl Iterator<Item = (Range<usize>, Sector)> + '_ {
+    assert_eq!(bytes.len(), BLOCK);
+    bytes.chunks_exact(SECTOR).enumerate().map(move |(i, bytes)| {
+        let range = i * SECTOR_TUPLES..(i + 1) * SECTOR_TUPLES;
+        (range, parse_sector(bytes, page * SECTORS as u64 + i as u64, owner))
+    })
+}
+
+fn parse_sector(bytes: &[u8], number: u64, owner: Owner) -> Sector {
     if bytes.iter().all(|b| *b == 0) {
-        return ParsedPage::Blank;
+        return Sector::Blank;
     }
     let right = stableio_onepass::guard(&bytes[8..]) == u64_at(bytes, 0)
-        && u64_at(bytes, 8) == page
+        && u64_at(bytes, 8) == number
         && bytes[24..28] == owner.array.0[..4]
-        && u16::from_le_bytes([bytes[28], bytes[29]]) == owner.role as u16;
+        && usize::from(bytes[28]) == owner.role;
     let tuples: Option<Vec<Tuple>> =
-        bytes[TUPLES_AT..].chunks_exact(TUPLE_LEN).take(count).map(Tuple::parse).collect();
+        bytes[TUPLES_AT..].chunks_exact(TUPLE_LEN).map(Tuple::parse).collect();
     match tuples {
-        Some(tuples) if right => ParsedPage::Good(u64_at(bytes, 16), tuples),
-        _ => ParsedPage::Bad,
+        Some(tuples) if right => Sector::Good(u64_at(bytes, 16), tuples),
+        _ => Sector::Bad,
     }
 }
 
@@ -164,16 +195,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_know_their_place() {
+    fn sectors_know_their_place() {
         let owner = Owner { array: Id::random(), role: 2 };
-        let tuples = vec![Tuple::written(5, 9), Tuple::UNWRITTEN, Tuple::lost(3)];
+        let mut tuples = vec![Tuple::UNWRITTEN; PAGE_TUPLES];
+        tuples[0] = Tuple::written(5, 9);
+        tuples[31] = Tuple::lost(3);
         let mut bytes = vec![0; BLOCK];
-        assert_eq!(parse_page(&bytes, 4, owner, 3), ParsedPage::Blank);
+        let parse = |bytes: &[u8], page, owner| -> Vec<Sector> {
+            parse_page(bytes, page, owner).map(|(_, sector)| sector).collect()
+        };
+        assert_eq!(parse(&bytes, 4, owner), vec![Sector::Blank; SECTORS]);
         encode_page(4, 77, owner, &tuples, &mut bytes);
-        assert_eq!(parse_page(&bytes, 4, owner, 3), ParsedPage::Good(77, tuples));
-        assert_eq!(parse_page(&bytes, 5, owner, 3), ParsedPage::Bad);
-        assert_eq!(parse_page(&bytes, 4, Owner { role: 1, ..owner }, 3), ParsedPage::Bad);
-        bytes[100] ^= 1;
-        assert_eq!(parse_page(&bytes, 4, owner, 3), ParsedPage::Bad);
+        for (range, sector) in parse_page(&bytes, 4, owner) {
+            assert_eq!(sector, Sector::Good(77, tuples[range].to_vec()));
+        }
+        assert_eq!(parse(&bytes, 5, owner), vec![Sector::Bad; SECTORS]);
+        assert_eq!(parse(&bytes, 4, Owner { role: 1, ..owner }), vec![Sector::Bad; SECTORS]);
+        bytes[600] ^= 1;
+        let bad: Vec<_> = parse(&bytes, 4, owner).iter().map(|s| *s == Sector::Bad).collect();
+        assert_eq!(bad, [false, true, false, false, false, false, false, false]);
     }
 }

@@ -1,36 +1,37 @@
 //! Writes: bands of full rows straight from the pass, partial rows by
 //! reading, verified, what they lack; then log, members, settle.
 //!
-//! WRITE-1: parity is made of the request's own bytes as they were sampled
-//! once, and of old blocks that matched their tuples; nothing else.
-//!
 //! WRITE-2: the rows' token is held from before the first read until every
 //! member has settled, so no two writes mix in a row.
 //!
-//! WRITE-3: log, then data, parity and tuples side by side, then the answer.
+//! WRITE-3: log, then data and parity side by side, then the answer. Tuples
+//! follow when room is wanted; without a log they go with the data.
+//!
+//! WRITE-4: the new content goes into the log too where its being written in
+//! part could cost more than itself: of rows that are not written wholly,
+//! while a member is missing, and where power failure tears blocks.
 
-use std::collections::BTreeSet;
-use std::future::{Future, poll_fn};
 use std::ops::Range;
-use std::pin::pin;
 use std::rc::Rc;
-use std::task::Poll;
 
 use smallvec::SmallVec;
-use stableio_block::{Body, Kind, Outcome, Ticket, path::Stage, sync::join};
+use stableio_block::{Body, Kind, path::Stage, sync::join};
 use stableio_mem::{BLOCK, PoolBuf, PromisedBuf, Reservation, SgList, StableBuf, Sums};
+use stableio_onepass::gf;
 
 use crate::bands::{Band, Cover, bands};
 use crate::engine::Engine;
-use crate::geometry::Place;
-use crate::log::Record;
+use crate::geometry::{Geometry, Place};
+use crate::log::{P_COLUMN, Record};
+use crate::member::Sent;
 use crate::pages::PageSet;
-use crate::read::mismatches;
+use crate::parity::Parities;
 use crate::repair::{BENCH, block_mut, guard_of};
 use crate::tuple::{State, Tuple};
+use crate::twin::{Protection, lacks};
 
 /// What a write puts in its range.
-enum Payload {
+pub(crate) enum Payload {
     Stable(StableBuf),
     Promised(PromisedBuf),
     /// Nothing: the blocks become unwritten.
@@ -38,26 +39,34 @@ enum Payload {
 }
 
 /// A write on its way: what it is, and what it will do to the members.
-struct Sheet {
+pub(crate) struct Sheet {
     at: u64,
-    payload: Payload,
-    sums: Sums,
-    changes: Vec<(Place, Tuple)>,
+    pub(crate) payload: Payload,
+    pub(crate) sums: Sums,
+    changes: Vec<Change>,
     writes: Vec<MemberWrite>,
-    memory: Reservation,
+    pub(crate) memory: Reservation,
     sets: Vec<Rc<PageSet>>,
     /// Where old blocks are mended, once one has to be.
     bench: Option<PoolBuf>,
 }
 
+/// What becomes of a block, or of the P of a row.
+struct Change {
+    place: Place,
+    new: Tuple,
+    /// Its content, where the log takes that too (WRITE-4).
+    logged: Option<SgList>,
+}
+
 /// Old blocks of a column on their way from their member.
-struct Fetch {
+pub(crate) struct Fetch {
     stripe: u64,
-    column: usize,
+    pub(crate) column: usize,
     rows: Range<u32>,
     tuples: SmallVec<[Tuple; 16]>,
     buf: PoolBuf,
-    read: Option<(usize, Ticket<Outcome>)>,
+    read: Option<(usize, Sent)>,
 }
 
 struct MemberWrite {
@@ -75,21 +84,27 @@ impl Payload {
         }
     }
 
-    /// XORs blocks of the payload into `parity` from its byte `to` on.
-    fn xor_into(
+    /// Adds blocks of the payload, of a data column, to a parity.
+    pub(crate) fn add_to(
         &self,
         from: usize,
         blocks: usize,
-        parity: &mut PoolBuf,
-        to: usize,
+        column: usize,
+        sum: &mut Parities<PoolBuf>,
     ) -> Result<(), Kind> {
         match self {
             Payload::Nothing => {}
-            Payload::Promised(buf) => buf.xor_into(from, blocks, parity, to)?,
+            Payload::Promised(buf) => {
+                if let Some(p) = &mut sum.p {
+                    buf.xor_into(from, blocks, p, 0)?;
+                }
+                if let Some(q) = &mut sum.q {
+                    buf.mul_xor_into(from, blocks, gf::exp(column), q, 0)?;
+                }
+            }
             Payload::Stable(buf) => {
                 for i in 0..blocks {
-                    let block = buf.contiguous(from + i * BLOCK, BLOCK);
-                    stableio_onepass::xor_into(block_mut(parity, to + i * BLOCK), block);
+                    sum.add(i * BLOCK, buf.contiguous(from + i * BLOCK, BLOCK), column);
                 }
             }
         }
@@ -98,9 +113,25 @@ impl Payload {
 }
 
 impl Sheet {
-    fn set(&self, g: &crate::geometry::Geometry, stripe: u64, row: u32) -> &Rc<PageSet> {
+    pub(crate) fn set(&self, g: &Geometry, stripe: u64, row: u32) -> &Rc<PageSet> {
         let (page, _) = g.page_of(stripe, row);
         self.sets.iter().find(|s| s.number() == page).expect("loaded before the bands are prepared")
+    }
+
+    /// What the log has to know.
+    fn records(&mut self, g: &Geometry) -> Vec<Record> {
+        let mut changes = std::mem::take(&mut self.changes);
+        let records = changes.iter_mut().map(|change| {
+            let Change { place, new, ref mut logged } = *change;
+            let old = match place.column {
+                P_COLUMN => Tuple::UNWRITTEN,
+                _ => self.set(g, place.stripe, place.row).tuple(place),
+            };
+            Record { place, old, new, payload: logged.take() }
+        });
+        let records = records.collect();
+        self.changes = changes;
+        records
     }
 
     /// A place to mend in, from the request's own memory: who holds a token
@@ -141,14 +172,17 @@ impl Engine {
     /// the members which chunks nobody needs any more.
     pub(crate) async fn unwrite(&self, at: u64, len: u64) -> Result<(), Kind> {
         let g = &self.geometry;
-        let piece = (g.page_stripes() * g.chunk_bytes() * g.columns() as u64).min(8 << 20);
+        // Small enough for the log, too, where it is small.
+        let most = u64::from(g.log_blocks) / 16 * BLOCK as u64;
+        let zone = g.zone_stripes() * g.chunk_bytes() * g.columns() as u64;
+        let piece = zone.min(8 << 20).min(most);
         let (mut start, end) = (at, at + len);
         while start < end {
             let stop = end.min((start / piece + 1) * piece);
             if self.holds_data(start, stop).await? {
                 let len = (stop - start) as usize;
                 let need =
-                    g.row_shape().partial_rows(start, len) * (g.columns() + 3) * BLOCK + BENCH;
+                    g.row_shape().partial_rows(start, len) * (g.columns() + 5) * BLOCK + BENCH;
                 let memory = self.scratch.reserve(need).await?;
                 self.change(start, len, Payload::Nothing, Sums::default(), memory).await?;
             }
@@ -189,11 +223,7 @@ impl Engine {
         }
 
         stage.advance(Stage::Log);
-        let records = sheet.changes.iter().map(|(place, new)| {
-            let old = sheet.set(&self.geometry, place.stripe, place.row).tuple(*place);
-            Record { place: *place, old, new: *new }
-        });
-        let logged = self.log(records.collect()).await?;
+        let logged = self.log(sheet.records(&self.geometry)).await?;
 
         stage.advance(Stage::Members);
         let memory_fault = self.write_members(&mut sheet).await;
@@ -245,38 +275,84 @@ impl Engine {
                 _ => None,
             });
         }
-        let parity_member = g.parity_member(band.stripe).filter(|m| self.alive(*m));
-        if let Some(member) = parity_member
-            && let Some(parity) = self.parity(band, &merged, sheet).await?
-        {
-            let at = g.member_offset(band.stripe, band.rows.start);
-            sheet.writes.push(MemberWrite { member, at, list: parity.source() });
+        let parities = g.level.parities();
+        let part = parities > 0 && (!band.is_full() || self.missing() > 0);
+        let log_content = part || self.atomic_unit < BLOCK as u32;
+        let at = g.member_offset(band.stripe, band.rows.start);
+        if parities > 0 {
+            let parity = self.parities(band, &merged, sheet).await?;
+            self.change_parity(band, parity, log_content, sheet);
         }
         for (column, (cover, merged)) in band.covers.iter().zip(merged).enumerate() {
-            let member = g.data_member(band.stripe, column);
-            let at = g.member_offset(band.stripe, band.rows.start);
+            let place = |row| Place { stripe: band.stripe, row, column };
             let list = match (*cover, merged) {
                 (Cover::None, _) => continue,
                 (Cover::Full(payload), _) => {
                     for (i, row) in band.rows.clone().enumerate() {
-                        let tuple = sheet.new_tuple(payload + i * BLOCK);
-                        sheet.changes.push((Place { stripe: band.stripe, row, column }, tuple));
+                        let from = payload + i * BLOCK;
+                        let new = sheet.new_tuple(from);
+                        let content = log_content && new.state == State::Written;
+                        let logged = content.then(|| sheet.payload.source(from, BLOCK));
+                        sheet.changes.push(Change { place: place(row), new, logged });
                     }
                     sheet.payload.source(payload, band.rows.len() * BLOCK)
                 }
                 (Cover::Part { .. }, Some(block)) => {
-                    let place = Place { stripe: band.stripe, row: band.rows.start, column };
+                    let place = place(band.rows.start);
                     let guard = stableio_onepass::guard(block.contiguous(0, BLOCK));
-                    sheet.changes.push((place, Tuple::written(guard, self.block_number(place))));
+                    let new = Tuple::written(guard, self.block_number(place));
+                    let logged = log_content.then(|| block.source());
+                    sheet.changes.push(Change { place, new, logged });
                     block.source()
                 }
                 (Cover::Part { .. }, None) => unreachable!("merged above"),
             };
-            if self.alive(member) && !list.is_empty() {
-                sheet.writes.push(MemberWrite { member, at, list });
+            if list.is_empty() {
+                continue;
+            }
+            let holders = g.holders(band.stripe, column);
+            for member in holders.filter(|m| self.holds(*m, band.stripe)) {
+                sheet.writes.push(MemberWrite { member, at, list: list.duplicate() });
             }
         }
         Ok(())
+    }
+
+    /// Fills in what becomes of a band's parity.
+    fn change_parity(
+        &self,
+        band: &Band,
+        parity: Parities<StableBuf>,
+        log_content: bool,
+        sheet: &mut Sheet,
+    ) {
+        let g = &self.geometry;
+        let at = g.member_offset(band.stripe, band.rows.start);
+        let (p_member, q_member) = self.parity_members(band);
+        let columns = [(P_COLUMN, p_member, parity.p), (g.columns(), q_member, parity.q)];
+        for (column, member, blocks) in columns {
+            // Q has a tuple of its own; of P only the content is logged.
+            let is_q = column != P_COLUMN && g.width() > g.columns();
+            let rows = if is_q || log_content { band.rows.clone() } else { 0..0 };
+            for (i, row) in rows.enumerate() {
+                let place = Place { stripe: band.stripe, row, column };
+                let block = blocks.as_ref().map(|blocks| blocks.slice(i * BLOCK..(i + 1) * BLOCK));
+                let new = match &block {
+                    Some(block) => Tuple::written(
+                        stableio_onepass::guard(block.contiguous(0, BLOCK)),
+                        self.block_number(place),
+                    ),
+                    None => Tuple::UNWRITTEN,
+                };
+                let logged = block.filter(|_| log_content).map(|block| block.source());
+                if is_q || logged.is_some() {
+                    sheet.changes.push(Change { place, new, logged });
+                }
+            }
+            if let (Some(member), Some(blocks)) = (member, blocks) {
+                sheet.writes.push(MemberWrite { member, at, list: blocks.source() });
+            }
+        }
     }
 
     /// A block of which the write covers a part: the old one, verified, with
@@ -319,7 +395,7 @@ impl Engine {
         self.finish_fetch(fetch, sheet).await
     }
 
-    fn begin_fetch(
+    pub(crate) fn begin_fetch(
         &self,
         stripe: u64,
         column: usize,
@@ -331,7 +407,7 @@ impl Engine {
         let tuple = |row| sheet.set(g, stripe, row).tuple(Place { stripe, row, column });
         let tuples: SmallVec<[Tuple; 16]> = rows.clone().map(tuple).collect();
         let member = g.data_member(stripe, column);
-        let wanted = tuples.iter().any(|t| t.state == State::Written) && self.alive(member);
+        let wanted = tuples.iter().any(|t| t.state == State::Written) && self.holds(member, stripe);
         let read = wanted.then(|| {
             let list = buf.target(0..rows.len() * BLOCK);
             (member, self.read_member(member, g.member_offset(stripe, rows.start), list))
@@ -339,19 +415,31 @@ impl Engine {
         Fetch { stripe, column, rows, tuples, buf, read }
     }
 
-    async fn finish_fetch(&self, fetch: Fetch, sheet: &mut Sheet) -> Result<PoolBuf, Kind> {
+    pub(crate) async fn finish_fetch(
+        &self,
+        fetch: Fetch,
+        sheet: &mut Sheet,
+    ) -> Result<PoolBuf, Kind> {
         let Fetch { stripe, column, rows, tuples, mut buf, read } = fetch;
         let mut arrived = false;
-        if let Some((member, ticket)) = read {
-            match ticket.await {
+        if let Some((member, sent)) = read {
+            match self.arrived(sent).await {
                 Ok(_) => arrived = true,
-                Err(error) => self.note_read_error(member, &error),
+                Err(error) => {
+                    self.note_read_error(member, &error);
+                    if error.kind == Kind::Stalled {
+                        buf = self.instead(buf.len());
+                    }
+                }
             }
         }
         for (i, (tuple, row)) in tuples.iter().zip(rows).enumerate() {
             match tuple.state {
                 State::Unwritten | State::Lost => buf.zero(i * BLOCK..(i + 1) * BLOCK),
-                State::Written if arrived && tuple.matches(guard_of(&mut buf, i * BLOCK)) => {}
+                State::Written
+                    if arrived
+                        && (tuple.matches(guard_of(&mut buf, i * BLOCK))
+                            || lacks(Protection::VerifiedParity)) => {}
                 State::Written => {
                     let bench = sheet.bench();
                     self.mend_held(Place { stripe, row, column }, bench).await?;
@@ -363,172 +451,47 @@ impl Engine {
         Ok(buf)
     }
 
-    /// The new parity of a band; `None` where no block of its rows is written
-    /// any more.
-    async fn parity(
-        &self,
-        band: &Band,
-        merged: &[Option<StableBuf>],
-        sheet: &mut Sheet,
-    ) -> Result<Option<StableBuf>, Kind> {
-        if band.is_full() {
-            let spans = sheet.sums.spans.iter();
-            let span =
-                spans.clone().find(|s| s.stripe == band.stripe && s.rows.start <= band.rows.start);
-            return Ok(match (span, &sheet.sums.parity) {
-                (Some(span), Some(parity)) => {
-                    let at = span.at + (band.rows.start - span.rows.start) as usize * BLOCK;
-                    Some(parity.slice(at..at + band.rows.len() * BLOCK))
-                }
-                _ => None,
-            });
-        }
-        let changed = band.covers.iter().filter(|c| **c != Cover::None).count();
-        let kept = band.covers.len() - changed;
-        // A missing member's block can be kept out of it only by going over
-        // the old parity; otherwise whatever reads less.
-        let g = &self.geometry;
-        let missing = (0..g.columns()).find(|c| !self.alive(g.data_member(band.stripe, *c)));
-        let over_old = match missing {
-            Some(column) => band.covers[column] == Cover::None,
-            None => changed + 1 < kept,
-        };
-        let mut parity = match over_old {
-            true => match self.old_parity_without(band, sheet).await? {
-                Some(parity) => parity,
-                None => self.kept_blocks(band, sheet).await?,
-            },
-            false => self.kept_blocks(band, sheet).await?,
-        };
-        for (column, cover) in band.covers.iter().enumerate() {
-            match (*cover, &merged[column]) {
-                (Cover::Full(payload), _) => {
-                    sheet.payload.xor_into(payload, band.rows.len(), &mut parity, 0)?
-                }
-                (Cover::Part { .. }, Some(block)) => {
-                    stableio_onepass::xor_into(
-                        block_mut(&mut parity, 0),
-                        block.contiguous(0, BLOCK),
-                    );
-                }
-                _ => {}
-            }
-        }
-        Ok(Some(parity.freeze()))
-    }
-
-    /// The XOR of the blocks that the write leaves alone, each verified.
-    async fn kept_blocks(&self, band: &Band, sheet: &mut Sheet) -> Result<PoolBuf, Kind> {
-        let sum = self.fetch_sum(band, |cover| cover == Cover::None, None, sheet).await?;
-        Ok(sum.unwrap_or_else(|| {
-            let mut zeros = sheet.memory.take(band.rows.len() * BLOCK);
-            zeros.zero(0..band.rows.len() * BLOCK);
-            zeros
-        }))
-    }
-
-    /// The old parity without the old blocks that the write replaces, all
-    /// verified; `None` where the parity is not what it should be.
-    async fn old_parity_without(
-        &self,
-        band: &Band,
-        sheet: &mut Sheet,
-    ) -> Result<Option<PoolBuf>, Kind> {
-        let g = &self.geometry;
-        let member = g.parity_member(band.stripe).expect("a level with parity");
-        let mut parity = sheet.memory.take(band.rows.len() * BLOCK);
-        let at = g.member_offset(band.stripe, band.rows.start);
-        if let Err(error) =
-            self.read_member(member, at, parity.target(0..band.rows.len() * BLOCK)).await
-        {
-            self.note_read_error(member, &error);
-            return Ok(None);
-        }
-        for (i, row) in band.rows.clone().enumerate() {
-            match sheet.set(g, band.stripe, row).parity_guard(band.stripe, row) {
-                None => parity.zero(i * BLOCK..(i + 1) * BLOCK),
-                Some(guard) if mismatches(&mut parity, i * BLOCK, &[guard]).is_empty() => {}
-                Some(_) => return Ok(None),
-            }
-        }
-        self.fetch_sum(band, |cover| cover != Cover::None, Some(parity), sheet).await
-    }
-
-    /// The XOR of `sum` and the old blocks of some columns, all read side by
-    /// side and verified.
-    async fn fetch_sum(
-        &self,
-        band: &Band,
-        which: impl Fn(Cover) -> bool,
-        mut sum: Option<PoolBuf>,
-        sheet: &mut Sheet,
-    ) -> Result<Option<PoolBuf>, Kind> {
-        let columns = (0..band.covers.len()).filter(|c| which(band.covers[*c]));
-        let begun: SmallVec<[Fetch; 4]> = columns
-            .map(|column| self.begin_fetch(band.stripe, column, band.rows.clone(), sheet))
-            .collect();
-        for fetch in begun {
-            let blocks = self.finish_fetch(fetch, sheet).await?;
-            match &mut sum {
-                None => sum = Some(blocks),
-                Some(sum) => xor_all(sum, blocks),
-            }
-        }
-        Ok(sum)
-    }
-
-    /// Tuples, data and parity to the members, side by side. Failing members
-    /// are dropped; memory that vanished under a promise is handed back.
+    /// Data and parity to the members, side by side. Failing members are
+    /// dropped; memory that vanished under a promise is handed back.
     async fn write_members(&self, sheet: &mut Sheet) -> Option<Kind> {
-        let mut pages: BTreeSet<(u64, usize)> = BTreeSet::new();
-        for (place, tuple) in &sheet.changes {
-            let set = sheet.set(&self.geometry, place.stripe, place.row);
-            pages.extend(set.set(*place, *tuple).map(|member| (set.number(), member)));
+        let g = &self.geometry;
+        for change in sheet.changes.iter().filter(|c| c.place.column != P_COLUMN) {
+            sheet.set(g, change.place.stripe, change.place.row).set(change.place, change.new);
         }
         let mut writes = std::mem::take(&mut sheet.writes);
         writes.sort_by_key(|w| (w.member, w.at));
-        let commits = pages.iter().map(|(page, member)| {
-            let set = sheet.sets.iter().find(|s| s.number() == *page).expect("one of ours");
-            self.commit(set, *member)
-        });
-        // Side by side; the pages set out first, as they are small and would
-        // wait longest behind the data.
-        let mut commits = pin!(join(commits));
-        let early = poll_fn(|cx| Poll::Ready(commits.as_mut().poll(cx))).await;
         let begun = self.begin_writes(writes);
-        let committed = match early {
-            Poll::Ready(done) => done,
-            Poll::Pending => commits.await,
-        };
-        for ((_, member), done) in pages.iter().zip(committed) {
-            if let Err(error) = done {
-                self.drop_member(*member, &error);
-            }
+        if !self.log.is_on() {
+            let members = 0..self.members.len();
+            let commits = sheet
+                .sets
+                .iter()
+                .flat_map(|set| members.clone().map(move |member| self.commit(set, member)));
+            join(commits).await;
         }
         let mut memory_fault = None;
-        for (member, ticket) in begun {
-            match ticket.await {
-                Ok(_) => {}
-                Err(error) if error.is_memory() => memory_fault = Some(error.kind),
-                Err(error) => self.drop_member(member, &error),
-            }
+        for sent in begun {
+            memory_fault = self.settled(sent).await.or(memory_fault);
         }
         memory_fault
     }
 
     /// Begins the writes, which are in the order of members and offsets;
     /// chunks of a member that follow each other are one.
-    fn begin_writes(&self, writes: Vec<MemberWrite>) -> Vec<(usize, Ticket<Outcome>)> {
+    fn begin_writes(&self, writes: Vec<MemberWrite>) -> Vec<Sent> {
+        let filling = self.is_filling();
         let mut begun = Vec::new();
         let mut writes = writes.into_iter().peekable();
         while let Some(mut write) = writes.next() {
             let follows = |n: &MemberWrite, w: &MemberWrite| {
-                n.member == w.member && n.at == w.at + w.list.len() as u64
+                n.member == w.member
+                    && n.at == w.at + w.list.len() as u64
+                    && (!filling || self.geometry.zone_at(n.at) == self.geometry.zone_at(w.at))
             };
             while let Some(next) = writes.next_if(|next| follows(next, &write)) {
                 write.list.append(next.list);
             }
-            begun.push((write.member, self.write_member(write.member, write.at, write.list)));
+            begun.push(self.write_member(write.member, write.at, write.list));
         }
         begun
     }
@@ -536,8 +499,8 @@ impl Engine {
     /// Promised memory vanished on its way to a member: its parity is there,
     /// so the blocks that did not arrive are brought back from it.
     async fn undo_fault(&self, sheet: &mut Sheet) {
-        let places: Vec<Place> = sheet.changes.iter().map(|(place, _)| *place).collect();
-        for place in places {
+        let places = sheet.changes.iter().map(|c| c.place).filter(|p| p.column != P_COLUMN);
+        for place in places.collect::<Vec<_>>() {
             // What can not be brought back stays a mismatch: EIO, for the
             // program that broke its promise.
             let _ = self.mend_held(place, sheet.bench()).await;
@@ -560,16 +523,8 @@ impl Engine {
                 begun.push(self.discard_member(member, at, len));
             }
         }
-        for ticket in begun {
-            // Space is not given back: nothing depends on it.
-            let _ = ticket.await;
+        for sent in begun {
+            self.settled(sent).await;
         }
-    }
-}
-
-fn xor_all(sum: &mut PoolBuf, other: PoolBuf) {
-    let other = other.freeze();
-    for i in 0..other.len() / BLOCK {
-        stableio_onepass::xor_into(block_mut(sum, i * BLOCK), other.contiguous(i * BLOCK, BLOCK));
     }
 }

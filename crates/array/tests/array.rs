@@ -1,188 +1,15 @@
 //! Arrays over files, against a byte array as oracle.
 
+mod support;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use stableio_array::array::ArrayOptions;
-use stableio_array::{Array, CreateOptions, Level, assemble, create, probe};
-use stableio_block::{Body, Error, Into, Kind, Op, Reply, Request, Stack, Worker};
-use stableio_mem::{ForeignBuf, Pool, Segment, StableBuf};
-use tempfile::TempDir;
-
-struct Bed {
-    dir: TempDir,
-    members: Vec<PathBuf>,
-    worker: Worker,
-    pool: Arc<Pool>,
-}
-
-struct Open {
-    array: Array,
-    stack: Stack,
-}
-
-/// A small generator (xorshift64*), so that a failure names its seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
-    }
-}
-
-impl Bed {
-    fn new(level: Level, members: usize, chunk: u64) -> Self {
-        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        let members: Vec<_> = (0..members).map(|i| dir.path().join(format!("m{i}"))).collect();
-        let options = CreateOptions {
-            name: "t".into(),
-            level,
-            chunk,
-            member_size: Some(8 << 20),
-            members: members.clone(),
-            force: false,
-        };
-        create(&options).unwrap();
-        Self {
-            dir,
-            members,
-            worker: Worker::start("t").unwrap(),
-            pool: Pool::new(64 << 20).unwrap(),
-        }
-    }
-
-    fn open(&self) -> Open {
-        self.open_some(&(0..self.members.len()).collect::<Vec<_>>())
-    }
-
-    fn open_some(&self, which: &[usize]) -> Open {
-        let probes: Vec<_> = which.iter().map(|i| probe(&self.members[*i]).unwrap()).collect();
-        let assembly = assemble(&probes, None).unwrap();
-        let array = Array::open(&assembly, ArrayOptions::default(), self.worker.handle()).unwrap();
-        let stack = Stack::new(
-            "t",
-            array.device().clone(),
-            self.pool.clone(),
-            self.worker.handle().clone(),
-        );
-        Open { array, stack: stack.with_traffic(Arc::default()) }
-    }
-}
-
-impl Open {
-    fn read(&self, at: u64, len: usize) -> Result<Vec<u8>, Error> {
-        let Reply::Data(data) = self.stack.submit(Request::read_owned(at, len)).wait()? else {
-            panic!()
-        };
-        Ok(data.to_vec())
-    }
-
-    fn write(&self, at: u64, bytes: Vec<u8>) -> Result<(), Error> {
-        self.stack
-            .submit(Request::write(at, Body::Stable(StableBuf::from_owned(bytes)), false))
-            .wait()
-            .map(drop)
-    }
-
-    fn op(&self, op: Op) -> Result<Reply, Error> {
-        self.stack.submit(Request { op, memory: None }).wait()
-    }
-
-    fn size(&self) -> usize {
-        self.stack.limits().size as usize
-    }
-
-    /// Everything reads as the oracle says.
-    fn check(&self, oracle: &[u8]) {
-        for at in (0..oracle.len()).step_by(1 << 20) {
-            let len = (1 << 20).min(oracle.len() - at);
-            let got = self.read(at as u64, len).unwrap();
-            if let Some(i) = (0..len).find(|i| got[*i] != oracle[at + i]) {
-                panic!("byte {} is {:#x}, not {:#x}", at + i, got[i], oracle[at + i]);
-            }
-        }
-    }
-
-    fn close(self) {
-        self.array.close().unwrap();
-    }
-}
-
-/// A foreign buffer over bytes that this test owns.
-fn foreign(bytes: Arc<Vec<u8>>, cuts: &[usize]) -> ForeignBuf {
-    let base = bytes.as_ptr() as usize;
-    let mut edges: Vec<usize> =
-        cuts.iter().map(|c| c % bytes.len()).chain([0, bytes.len()]).collect();
-    edges.sort_unstable();
-    let segments: Vec<_> =
-        edges.windows(2).map(|w| Segment { addr: base + w[0], len: w[1] - w[0] }).collect();
-    // SAFETY: `bytes` keeps the addresses alive; while the request runs
-    // nobody uses the vector through a reference.
-    unsafe { ForeignBuf::new(segments, bytes) }
-}
-
-/// Random operations of all kinds and shapes.
-fn play(open: &Open, oracle: &mut [u8], random: &mut Random, steps: usize) {
-    for _ in 0..steps {
-        let len = match random.below(4) {
-            0 => 512 * (1 + random.below(16)),
-            1 => 4096 * (1 + random.below(8)),
-            2 => 65536 * (1 + random.below(8)),
-            _ => 512 * (1 + random.below(4000)),
-        } as usize;
-        let at = (random.below((oracle.len() - len) as u64) / 512 * 512) as usize;
-        match random.below(10) {
-            0..=3 => {
-                let bytes = random.bytes(len);
-                oracle[at..at + len].copy_from_slice(&bytes);
-                open.write(at as u64, bytes).unwrap();
-            }
-            4 | 5 => {
-                let bytes = Arc::new(random.bytes(len));
-                oracle[at..at + len].copy_from_slice(&bytes);
-                let cuts: Vec<usize> =
-                    (0..random.below(5)).map(|_| random.next() as usize).collect();
-                let body = Body::Foreign(foreign(bytes, &cuts));
-                open.stack
-                    .submit(Request::write(at as u64, body, random.below(8) == 0))
-                    .wait()
-                    .unwrap();
-            }
-            6 => {
-                oracle[at..at + len].fill(0);
-                open.op(Op::WriteZeroes { at: at as u64, len: len as u64, fua: false }).unwrap();
-            }
-            7 => {
-                let bytes = Arc::new(vec![0xEE; len]);
-                let cuts: Vec<usize> =
-                    (0..random.below(5)).map(|_| random.next() as usize / 512 * 512).collect();
-                let read =
-                    Op::Read { at: at as u64, into: Into::Foreign(foreign(bytes.clone(), &cuts)) };
-                open.op(read).unwrap();
-                assert!(bytes[..] == oracle[at..at + len], "foreign read at {at}+{len}");
-            }
-            8 => drop(open.op(Op::Flush).unwrap()),
-            _ => assert!(
-                open.read(at as u64, len.min(1 << 20)).unwrap()
-                    == oracle[at..at + len.min(1 << 20)]
-            ),
-        }
-    }
-}
+use stableio_array::{Level, assemble, probe};
+use stableio_block::{Kind, Op, Reply};
+use support::{Bed, Random, flip, open_redundancy, play, wait_until};
 
 #[test]
 fn random_operations_match_a_byte_array() {
@@ -192,6 +19,11 @@ fn random_operations_match_a_byte_array() {
         (Level::Raid5, 4, 32768, 3),
         (Level::Raid5, 16, 8192, 4),
         (Level::Single, 1, 65536, 5),
+        (Level::Raid1, 2, 65536, 6),
+        (Level::Raid1, 4, 16384, 7),
+        (Level::Raid6, 4, 65536, 8),
+        (Level::Raid6, 7, 8192, 9),
+        (Level::Raid6, 16, 4096, 10),
     ] {
         let bed = Bed::new(level, members, chunk);
         let open = bed.open();
@@ -212,19 +44,22 @@ fn random_operations_match_a_byte_array() {
 }
 
 #[test]
-fn serves_and_writes_with_any_member_missing() {
-    for gone in 0..4 {
-        let bed = Bed::new(Level::Raid5, 4, 16384);
+fn serves_and_writes_with_any_members_missing() {
+    let raid6 = (0..5).flat_map(|a| (0..a).map(move |b| (Level::Raid6, 5, vec![a, b])));
+    let raid5 = (0..4).map(|gone| (Level::Raid5, 4, vec![gone]));
+    let raid1 = (0..3).map(|left| (Level::Raid1, 3, (0..3).filter(|m| *m != left).collect()));
+    for (i, (level, members, gone)) in raid5.chain(raid1).chain(raid6).enumerate() {
+        let bed = Bed::new(level, members, 16384);
         let open = bed.open();
         let mut oracle = vec![0; open.size()];
-        let mut random = Random(gone + 77);
-        play(&open, &mut oracle, &mut random, 150);
+        let mut random = Random(i as u64 + 77);
+        play(&open, &mut oracle, &mut random, 100);
         open.close();
-        std::fs::remove_file(&bed.members[gone as usize]).unwrap();
-        let left: Vec<_> = (0..4).filter(|m| *m != gone as usize).collect();
+        let left: Vec<_> = (0..members).filter(|m| !gone.contains(m)).collect();
+        gone.iter().for_each(|m| std::fs::remove_file(&bed.members[*m]).unwrap());
         let open = bed.open_some(&left);
         open.check(&oracle);
-        play(&open, &mut oracle, &mut random, 200);
+        play(&open, &mut oracle, &mut random, 150);
         open.check(&oracle);
         open.close();
         let open = bed.open_some(&left);
@@ -233,14 +68,120 @@ fn serves_and_writes_with_any_member_missing() {
     }
 }
 
-fn flip(path: &Path, random: &mut Random, count: usize, first: u64) {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let len = file.metadata().unwrap().len() - 4096;
-    for _ in 0..count {
-        let at = first + random.below(len - first);
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, at).unwrap();
-        file.write_all_at(&[byte[0] ^ (1 << random.below(8))], at).unwrap();
+/// A member of each level is replaced while everybody goes on; then as many
+/// others as may are taken away, so that the new one is needed.
+#[test]
+fn a_replaced_member_has_everything() {
+    for (level, members, chunk) in [
+        (Level::Raid1, 2, 65536),
+        (Level::Raid5, 3, 65536),
+        (Level::Raid5, 5, 4096),
+        (Level::Raid6, 5, 16384),
+        (Level::Single, 1, 65536),
+    ] {
+        for missing in [false, true] {
+            if missing && level == Level::Single {
+                continue;
+            }
+            let bed = Bed::new(level, members, chunk);
+            let open = bed.open();
+            let mut oracle = vec![0; open.size()];
+            let mut random = Random(members as u64);
+            play(&open, &mut oracle, &mut random, 100);
+            let device = open.array.device();
+            if missing {
+                device.begin_remove(0).wait().unwrap();
+                play(&open, &mut oracle, &mut random, 50);
+            }
+            let new = bed.dir.path().join("new");
+            let geometry = open.array.superblock().geometry;
+            stableio_array::prepare_replacement(&new, &geometry, false).unwrap();
+            let file = stableio_block::dev::FileDevice::open(
+                &new,
+                &stableio_block::dev::OpenOptions::default(),
+                bed.worker.handle().clone(),
+            );
+            device.begin_replace(0, Arc::new(file.unwrap()), "new".into()).wait().unwrap();
+            let busy = device.begin_scrub().wait();
+            let health = open.array.health();
+            assert!(busy.is_err() || health.rebuild.how_far().is_none());
+            while health.rebuild.how_far().is_some() {
+                play(&open, &mut oracle, &mut random, 3);
+            }
+            assert!(health.members[0].in_sync.load(Ordering::Relaxed), "{:?}", health.events());
+            assert_eq!(health.members[0].name(), "new");
+            open.check(&oracle);
+            open.close();
+            let mut left: Vec<_> = [new].into_iter().chain(bed.members[1..].to_vec()).collect();
+            left.truncate(members - geometry.redundancy());
+            let probes: Vec<_> = left.iter().map(|m| probe(m).unwrap()).collect();
+            let open = bed.open_probes(&probes);
+            open.check(&oracle);
+            assert_eq!(open.array.health().blocks_lost.load(Ordering::Relaxed), 0);
+            open.close();
+        }
+    }
+}
+
+/// What was written without a member that comes back soon is in the log.
+#[test]
+fn a_member_that_comes_back_catches_up() {
+    for (level, members) in [(Level::Raid1, 2), (Level::Raid5, 3), (Level::Raid6, 4)] {
+        let bed = Bed::new(level, members, 65536);
+        let open = bed.open();
+        let mut oracle = vec![0; open.size()];
+        let mut random = Random(5);
+        play(&open, &mut oracle, &mut random, 60);
+        open.close();
+        let left: Vec<_> = (1..members).collect();
+        let open = bed.open_some(&left);
+        for i in 0..5u64 {
+            let bytes = random.bytes(20480);
+            let at = (i << 20) as usize % (oracle.len() - bytes.len()) / 4096 * 4096;
+            oracle[at..at + bytes.len()].copy_from_slice(&bytes);
+            open.write(at as u64, bytes).unwrap();
+        }
+        open.close();
+        let open = bed.open();
+        let health = open.array.health();
+        wait_until("catching up", || health.members[0].in_sync.load(Ordering::Relaxed));
+        let events = health.events();
+        assert!(events.iter().any(|e| e.contains("catch up")), "{events:?}");
+        open.check(&oracle);
+        open.close();
+        let most: Vec<_> = (0..members - open_redundancy(level, members)).collect();
+        let open = bed.open_some(&most);
+        open.check(&oracle);
+        open.close();
+    }
+}
+
+/// A scrub mends what reads would not look at.
+#[test]
+fn a_scrub_mends_data_parity_and_tuples() {
+    for (level, members) in [(Level::Raid1, 3), (Level::Raid5, 3), (Level::Raid6, 5)] {
+        let bed = Bed::new(level, members, 65536);
+        let open = bed.open();
+        let mut oracle = vec![0; open.size()];
+        let mut random = Random(11);
+        play(&open, &mut oracle, &mut random, 200);
+        open.close();
+        flip(&bed.members[1], &mut random, 200, 0);
+        let open = bed.open();
+        open.scrub();
+        let health = open.array.health();
+        let mended = health.blocks_mended.load(Ordering::Relaxed);
+        assert!(mended > 20, "{mended} mended, {:?}", health.events());
+        assert_eq!(health.blocks_lost.load(Ordering::Relaxed), 0);
+        open.scrub();
+        let again = health.blocks_mended.load(Ordering::Relaxed);
+        assert_eq!(again, mended, "mended once: {:?}", health.events());
+        open.close();
+        // The others are not needed.
+        let most: Vec<_> = (1..=members - open_redundancy(level, members)).collect();
+        let open = bed.open_some(&most);
+        open.check(&oracle);
+        open.close();
     }
 }
 
@@ -301,7 +242,7 @@ fn damage_beyond_redundancy_is_an_error_never_wrong_data() {
 }
 
 #[test]
-fn a_member_that_comes_back_is_stale_and_left_out() {
+fn a_member_that_comes_back_is_stale() {
     let bed = Bed::new(Level::Raid5, 3, 65536);
     let open = bed.open();
     open.write(0, vec![1; 65536]).unwrap();
@@ -332,4 +273,36 @@ fn unwritten_ranges_are_told() {
     assert_eq!(open.read(1 << 20, 4096).unwrap(), vec![0; 4096]);
     open.close();
     drop(bed.dir);
+}
+
+/// MEND-2: damage that agrees with itself is still damage.
+#[test]
+fn the_same_damage_on_data_and_parity_is_an_error_never_wrong_data() {
+    for (level, members) in [(Level::Raid1, 2), (Level::Raid5, 3), (Level::Raid6, 5)] {
+        let bed = Bed::new(level, members, 65536);
+        let open = bed.open();
+        let oracle: Vec<u8> = Random(3).bytes(1 << 20);
+        open.write(0, oracle.clone()).unwrap();
+        let data_at = open.array.superblock().geometry.data_at();
+        open.close();
+        let bad = if level == Level::Raid6 { 3 } else { 2 };
+        for member in &bed.members[..bad] {
+            let file = File::options().read(true).write(true).open(member).unwrap();
+            for block in 0..200 {
+                let (at, mut byte) = (data_at + block * 4096 + 99, [0]);
+                file.read_exact_at(&mut byte, at).unwrap();
+                file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+            }
+        }
+        let open = bed.open();
+        let mut lost = 0;
+        for (i, want) in oracle.chunks(4096).enumerate() {
+            match open.read(i as u64 * 4096, 4096) {
+                Ok(bytes) => assert!(bytes == want, "{level:?}: block {i} is something else"),
+                Err(error) => lost += u64::from(error.kind == Kind::Lost),
+            }
+        }
+        assert!(lost > 0);
+        open.close();
+    }
 }

@@ -45,6 +45,12 @@ pub enum Kind {
         /// Members that are gone.
         missing: usize,
     },
+    /// A write needs more of the log than there is.
+    #[error("the write needs more room than the log has")]
+    LogFull,
+    /// No answer for longer than is waited.
+    #[error("no answer for too long")]
+    Stalled,
     /// The device, or this operation on it, is not there.
     #[error("not supported by the device")]
     Unsupported,
@@ -91,6 +97,8 @@ impl Error {
             Kind::Misaligned { .. } => libc::EINVAL,
             Kind::Pool(_) => libc::ENOMEM,
             Kind::Unsupported => libc::EOPNOTSUPP,
+            Kind::LogFull => libc::ENOSPC,
+            Kind::Stalled => libc::ETIMEDOUT,
             Kind::Stopped => libc::ESHUTDOWN,
             Kind::Short { .. } | Kind::Lost | Kind::Degraded { .. } => libc::EIO,
         }

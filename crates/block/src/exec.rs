@@ -311,29 +311,37 @@ impl<T> Ticket<T> {
     }
 }
 
-impl<T> Ticket<Result<T, crate::Error>> {
+/// An error that can say that the worker stopped before a task's end.
+pub trait Stopped {
+    /// That error.
+    fn stopped() -> Self;
+}
+
+impl<T, E: Stopped> Ticket<Result<T, E>> {
     /// Blocks this thread, which must not be a worker's, until the request
     /// settles.
     ///
     /// # Errors
     ///
-    /// The request's, or [`Kind::Stopped`](crate::Kind::Stopped).
-    pub fn wait(self) -> Result<T, crate::Error> {
-        self.wait_opt().unwrap_or_else(|| Err(stopped()))
+    /// The task's, or that the worker stopped.
+    pub fn wait(self) -> Result<T, E> {
+        self.wait_opt().unwrap_or_else(|| Err(E::stopped()))
     }
 }
 
-fn stopped() -> crate::Error {
-    let (kind, op) = (crate::Kind::Stopped, crate::OpName::Open);
-    crate::Error { kind, op, device: "worker".into(), at: 0, len: 0 }
+impl Stopped for crate::Error {
+    fn stopped() -> Self {
+        let (kind, op) = (crate::Kind::Stopped, crate::OpName::Open);
+        crate::Error { kind, op, device: "worker".into(), at: 0, len: 0 }
+    }
 }
 
-impl<T> Future for Ticket<Result<T, crate::Error>> {
-    type Output = Result<T, crate::Error>;
+impl<T, E: Stopped> Future for Ticket<Result<T, E>> {
+    type Output = Result<T, E>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         if let Inner::Task(task) = &mut self.0 {
-            return Pin::new(task).poll(cx).map(|value| value.unwrap_or_else(|| Err(stopped())));
+            return Pin::new(task).poll(cx).map(|value| value.unwrap_or_else(|| Err(E::stopped())));
         }
         match std::mem::replace(&mut self.0, Inner::Taken) {
             Inner::Ready(value) => Poll::Ready(value),
@@ -347,9 +355,25 @@ impl<T> Unpin for Ticket<T> {}
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
         if let Inner::Task(task) = std::mem::replace(&mut self.0, Inner::Taken) {
+            #[cfg(feature = "twins")]
+            if ABORT_DROPPED.get() {
+                return drop(task);
+            }
             task.detach();
         }
     }
+}
+
+#[cfg(feature = "twins")]
+thread_local! {
+    static ABORT_DROPPED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Takes EXEC-2 away from this thread: a ticket that is dropped here aborts
+/// its task. For the twins of tests that need the rule.
+#[cfg(feature = "twins")]
+pub fn abort_dropped_tickets(abort: bool) {
+    ABORT_DROPPED.set(abort);
 }
 
 #[cfg(test)]

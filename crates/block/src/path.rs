@@ -25,6 +25,7 @@ use crate::Outcome;
 use crate::device::Device;
 use crate::error::{Error, Kind, OpName};
 use crate::exec::{Handle, Ticket};
+use crate::issuer::Issuer;
 use crate::limits::{Limits, Radius};
 use crate::request::{Body, Into, Op, Reply, Request};
 
@@ -84,6 +85,11 @@ impl Traffic {
         InStage { traffic: self.clone(), stage }
     }
 
+    /// Requests so far, for whoever wants to know whether there are any.
+    pub fn settled_or_begun(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed) + self.writes.load(Ordering::Relaxed)
+    }
+
     /// How many requests wait in `stage` now.
     pub fn waiting(&self, stage: Stage) -> usize {
         self.waiting[stage as usize].load(Ordering::Relaxed)
@@ -122,13 +128,34 @@ pub struct Stack {
     pool: Arc<Pool>,
     worker: Handle,
     grant: Option<Grant>,
+    issuer: Arc<Issuer>,
+    eager: bool,
     traffic: Arc<Traffic>,
 }
 
 impl Stack {
     /// A stack whose foreign memory is not trusted.
     pub fn new(name: &str, device: Arc<dyn Device>, pool: Arc<Pool>, worker: Handle) -> Self {
-        Self { device, name: name.into(), pool, worker, grant: None, traffic: Arc::default() }
+        let issuer = Arc::new(Issuer::new(name));
+        let (name, traffic) = (name.into(), Arc::default());
+        Self { device, name, pool, worker, grant: None, issuer, eager: false, traffic }
+    }
+
+    /// The same stack for another source of requests, which is told apart.
+    pub fn for_issuer(&self, issuer: Arc<Issuer>) -> Self {
+        Self { issuer, ..self.clone() }
+    }
+
+    /// Reads everything privately first and copies it out: for a program that
+    /// is known to change the buffers of its reads.
+    pub fn with_eager_reads(mut self) -> Self {
+        self.eager = true;
+        self
+    }
+
+    /// Whose requests come through this stack.
+    pub fn issuer(&self) -> &Arc<Issuer> {
+        &self.issuer
     }
 
     /// Trusts all foreign memory that comes through this stack.
@@ -173,12 +200,14 @@ impl Stack {
     /// Foreign memory is sampled before this returns where no memory has to
     /// be waited for. A read into the pool is at most `max_transfer` long.
     pub fn submit(&self, request: Request) -> Ticket<Outcome> {
-        let Request { op, memory } = request;
+        let Request { op, memory, .. } = request;
         if let Err(error) = self.check(&op) {
             return self.fail(error);
         }
         self.count(&op);
-        if !self.is_whole(&op) {
+        let foreign = matches!(&op, Op::Read { into: Into::Foreign(_), .. });
+        let private = foreign && self.limits().pass.guards && self.issuer.begin_read();
+        if !self.is_whole(&op) || private || (foreign && self.eager) {
             let stack = self.clone();
             return self.worker.spawn(move || async move { stack.in_pieces(op).await });
         }
@@ -304,7 +333,7 @@ impl Stack {
             }
             other => other,
         };
-        self.device.submit(Request { op, memory })
+        self.device.submit(Request { op, memory, issuer: Some(self.issuer.clone()) })
     }
 
     /// The table of who may be hurt against who is trusted (PATH-1).
@@ -412,7 +441,8 @@ impl Stack {
             let (stack, start) = (self.clone(), at);
             at += piece.len() as u64;
             let op = Op::Read { at: start, into: Into::Foreign(piece) };
-            pieces.push(if self.is_whole(&op) {
+            let private = self.eager || self.issuer.reads_privately();
+            pieces.push(if self.is_whole(&op) && !private {
                 self.go(op, None)
             } else {
                 self.worker.spawn(move || stack.read_aside(op))

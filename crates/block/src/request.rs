@@ -2,7 +2,10 @@
 
 use stableio_mem::{ForeignBuf, PromisedBuf, Reservation, SgList, StableBuf, Sums};
 
+use std::sync::Arc;
+
 use crate::error::OpName;
+use crate::issuer::Issuer;
 
 /// An operation with everything that it needs. Submitting consumes it.
 #[derive(Debug)]
@@ -12,6 +15,8 @@ pub struct Request {
     /// Memory for payload, parity and scratch, reserved all at once; the
     /// stack reserves it where the front end has not.
     pub memory: Option<Reservation>,
+    /// Who sends it, for a device that has something to tell of that one.
+    pub issuer: Option<Arc<Issuer>>,
 }
 
 /// The operations. Offsets and lengths are bytes.
@@ -166,24 +171,29 @@ impl Op {
 }
 
 impl Request {
+    /// Just an operation.
+    pub fn of(op: Op) -> Self {
+        Self { op, memory: None, issuer: None }
+    }
+
     /// A read into foreign memory.
     pub fn read(at: u64, into: ForeignBuf) -> Self {
-        Self { op: Op::Read { at, into: Into::Foreign(into) }, memory: None }
+        Self::of(Op::Read { at, into: Into::Foreign(into) })
     }
 
     /// A read into memory of the pool; gives [`Reply::Data`].
     pub fn read_owned(at: u64, len: usize) -> Self {
-        Self { op: Op::Read { at, into: Into::Pool(len) }, memory: None }
+        Self::of(Op::Read { at, into: Into::Pool(len) })
     }
 
     /// A write.
     pub fn write(at: u64, body: Body, fua: bool) -> Self {
-        Self { op: Op::Write { at, body, sums: Sums::default(), fua }, memory: None }
+        Self::of(Op::Write { at, body, sums: Sums::default(), fua })
     }
 
     /// A flush.
     pub fn flush() -> Self {
-        Self { op: Op::Flush, memory: None }
+        Self::of(Op::Flush)
     }
 
     /// With memory that the front end reserved.

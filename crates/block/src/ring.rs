@@ -255,6 +255,11 @@ async fn operate(list: SgList, entry: impl FnOnce(&mut Slot) -> squeue::Entry) -
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) }
 }
 
+/// Whether this thread has a ring: a simulated one has none, nor a clock.
+pub fn is_here() -> bool {
+    RING.with(|r| r.borrow().is_some())
+}
+
 /// Hands what this thread has queued to the kernel now, not at its next look
 /// at the ring: for transfers that another thread of the kernel's carries out
 /// while this one goes on.

@@ -82,9 +82,9 @@ fn without_rules_everything_passes() {
     bed.device.submit(Request::flush()).wait().unwrap();
     assert_eq!(bed.read(0, 8192).unwrap(), [7; 8192]);
     let op = Op::WriteZeroes { at: 0, len: K4, fua: true };
-    bed.device.submit(Request { op, memory: None }).wait().unwrap();
+    bed.device.submit(Request::of(op)).wait().unwrap();
     let op = Op::Discard { at: K4, len: 512 };
-    bed.device.submit(Request { op, memory: None }).wait().unwrap();
+    bed.device.submit(Request::of(op)).wait().unwrap();
     assert_eq!(bed.below(0, 8192), [vec![0; 4096 + 512], vec![7; 4096 - 512]].concat());
     assert_eq!(bed.faults.hits(), Default::default());
     assert_eq!(bed.device.limits(), bed.medium.limits());
@@ -98,7 +98,7 @@ fn errors_come_so_often_there_and_never_reach_the_medium() {
     assert_eq!(kind(bed.write(0, 2, 8192)), full);
     assert_eq!(bed.read(0, 8192).unwrap(), [vec![1; 4096], vec![0; 4096]].concat());
     let zeros = Op::WriteZeroes { at: K4 + 512, len: 512, fua: false };
-    assert_eq!(kind(bed.device.submit(Request { op: zeros, memory: None }).wait()), full);
+    assert_eq!(kind(bed.device.submit(Request::of(zeros)).wait()), full);
     bed.write(K4, 3, 4096).unwrap();
     assert_eq!(kind(bed.device.submit(Request::flush()).wait()), EIO);
     bed.device.submit(Request::flush()).wait().unwrap();
@@ -126,7 +126,7 @@ fn a_bad_block_is_healed_by_writing_it() {
     assert_eq!(bed.read(8192 + 2048, 4096).unwrap(), [2; 4096]);
     assert_eq!(bed.faults.bad(), [8192..8192 + 2048, 16384 - 2048..16384]);
     let zeros = Op::WriteZeroes { at: 8192, len: 2048, fua: false };
-    bed.device.submit(Request { op: zeros, memory: None }).wait().unwrap();
+    bed.device.submit(Request::of(zeros)).wait().unwrap();
     assert_eq!(kind(bed.read(8192, 8192)), EIO);
     bed.write(16384 - 2048, 3, 2048).unwrap();
     bed.read(8192, 8192).unwrap();
@@ -199,7 +199,7 @@ fn a_torn_write_ends_at_a_multiple_of_its_unit() {
         assert!(lengths.len() >= 4, "{rules}: {lengths:?}");
         assert_eq!(bed.faults.hits().torn, 39);
         let zeros = Op::WriteZeroes { at: 0, len: SIZE, fua: false };
-        let _ = bed.device.submit(Request { op: zeros, memory: None }).wait();
+        let _ = bed.device.submit(Request::of(zeros)).wait();
         assert_eq!(bed.faults.hits().torn, 40);
     }
 }
@@ -406,7 +406,7 @@ impl Device for Recorder {
         &self.limits
     }
 
-    fn submit(&self, Request { op, memory }: Request) -> Ticket<Outcome> {
+    fn submit(&self, Request { op, memory, .. }: Request) -> Ticket<Outcome> {
         let (name, list) = match op {
             Op::Write { body, .. } => {
                 let name = match &body {
@@ -491,7 +491,7 @@ fn memory_goes_down_as_it_came_and_is_never_looked_at() {
             }
             for (name, into) in intos {
                 let op = Op::Read { at: 8192, into: into(memory.buf()) };
-                requests.push((name, Request { op, memory: None }));
+                requests.push((name, Request::of(op)));
             }
         }
         for (name, request) in requests {

@@ -69,6 +69,14 @@ impl SgList {
         self.len = left;
     }
 
+    /// Cuts the list after `at` bytes; gives the rest.
+    pub fn split_off(&mut self, at: usize) -> SgList {
+        let mut rest = self.duplicate();
+        rest.advance(at);
+        self.truncate(at);
+        rest
+    }
+
     /// Drops all but the first `bytes`.
     pub fn truncate(&mut self, bytes: usize) {
         if bytes < self.len {

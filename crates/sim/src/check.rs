@@ -7,13 +7,13 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::rc::Rc;
 
-use stableio_array::tuple::{Owner, ParsedPage, State, Tuple, parse_page};
+use stableio_array::tuple::{Owner, Sector, State, Tuple, parse_page};
 use stableio_array::{Geometry, Probe, Superblock, geometry::Place};
 use stableio_mem::BLOCK;
-use stableio_onepass as onepass;
+use stableio_onepass::{self as onepass, gf};
 
 use crate::image::Image;
 
@@ -115,19 +115,25 @@ impl Checker {
     pub fn row(&self, stripe: u64, row: u32) -> Vec<Finding> {
         let g = &self.geometry;
         let mut findings = Vec::new();
-        let mut sum = [0; BLOCK];
+        let mut sums = [[0; BLOCK]; 2];
         let (mut any, mut whole) = (false, true);
-        for column in 0..g.columns() {
+        let mut q = None;
+        for column in 0..g.width() {
             let place = Place { stripe, row, column };
             let block = block_number(g, place);
-            let own = self.tuple_at(place, g.data_member(stripe, column), &mut findings);
-            let beside_parity =
-                g.parity_member(stripe).and_then(|p| self.tuple_at(place, p, &mut findings));
-            if own.zip(beside_parity).is_some_and(|(a, b)| a != b) {
+            let said: Vec<Tuple> = g
+                .tuple_holders(stripe, column)
+                .filter_map(|member| self.tuple_at(place, member, &mut findings))
+                .collect();
+            if said.iter().any(|tuple| *tuple != said[0]) {
                 findings.push(Finding::Tuples { block });
                 continue;
             }
-            let Some(tuple) = own.or(beside_parity) else { continue };
+            let Some(tuple) = said.first().copied() else { continue };
+            if column == g.columns() {
+                q = Some(tuple);
+                continue;
+            }
             if tuple.state != State::Written {
                 continue;
             }
@@ -135,20 +141,30 @@ impl Checker {
             if tuple.reference != block as u32 {
                 findings.push(Finding::Tuples { block });
             }
-            let Some(data) = self.data(place) else {
+            let copies: Vec<&[u8; BLOCK]> =
+                g.holders(stripe, column).filter_map(|m| self.data(place, m)).collect();
+            if copies.iter().any(|data| onepass::guard(&data[..]) != tuple.guard) {
+                findings.push(Finding::Guard { block });
+            }
+            let Some(data) = copies.first() else {
                 whole = false;
                 continue;
             };
-            if onepass::guard(data) != tuple.guard {
-                findings.push(Finding::Guard { block });
-            }
-            onepass::xor_into(&mut sum, data);
+            onepass::xor_into(&mut sums[0], &data[..]);
+            gf::mul_xor_into(&mut sums[1], &data[..], gf::exp(column));
         }
-        let parity = g.parity_member(stripe).and_then(|p| self.images[p].as_ref());
-        if let Some(image) = parity.filter(|_| any && whole)
-            && *image.block(g.member_offset(stripe, row) / BLOCK64) != sum
-        {
-            findings.push(Finding::Parity { stripe, row });
+        let parities = [g.parity_member(stripe), g.q_member(stripe)];
+        let place = Place { stripe, row, column: g.columns() };
+        for (member, sum) in parities.into_iter().zip(&sums) {
+            let stored = member.and_then(|member| self.data(place, member));
+            if any && whole && stored.is_some_and(|stored| stored != sum) {
+                findings.push(Finding::Parity { stripe, row });
+            }
+        }
+        let has_q = parities[1].is_some_and(|member| self.images[member].is_some());
+        let q = q.filter(|_| any && whole && has_q);
+        if q.is_some_and(|tuple| !tuple.matches(onepass::guard(&sums[1]))) {
+            findings.push(Finding::Tuples { block: block_number(g, place) });
         }
         findings
     }
@@ -156,17 +172,18 @@ impl Checker {
     /// What a block reads as: `None` where it is lost or its member missing.
     pub fn content(&self, block: u64) -> Option<[u8; BLOCK]> {
         let place = self.geometry.place(block);
-        let member = self.geometry.data_member(place.stripe, place.column);
+        let mut holders = self.geometry.holders(place.stripe, place.column);
+        let member = holders.find(|member| self.images[*member].is_some())?;
         match self.tuple_at(place, member, &mut Vec::new())?.state {
             State::Unwritten => Some([0; BLOCK]),
-            State::Written => self.data(place).copied(),
+            State::Written => self.data(place, member).copied(),
             State::Lost => None,
         }
     }
 
-    fn data(&self, place: Place) -> Option<&[u8; BLOCK]> {
+    fn data(&self, place: Place, member: usize) -> Option<&[u8; BLOCK]> {
         let g = &self.geometry;
-        let image = self.images[g.data_member(place.stripe, place.column)].as_ref()?;
+        let image = self.images[member].as_ref()?;
         Some(image.block(g.member_offset(place.stripe, place.row) / BLOCK64))
     }
 
@@ -179,12 +196,8 @@ impl Checker {
             findings.push(Finding::Page { page, member });
             return None;
         };
-        let position = (place.stripe % g.members as u64) as usize;
-        let range = g.record_range(member, position);
-        let within = match g.parity_member(place.stripe) == Some(member) {
-            true => range.start + place.column,
-            false => range.start,
-        };
+        let range = g.record_range(member, g.position(place.stripe));
+        let within = range.start + if range.len() > 1 { place.column } else { 0 };
         Some(tuples[record * g.record_tuples() + within])
     }
 
@@ -192,29 +205,32 @@ impl Checker {
         let g = &self.geometry;
         let image = self.images[member].as_ref()?;
         let parse = || {
-            let count = g.page_rows() * g.record_tuples();
             let owner = Owner { array: self.superblock.array, role: member };
             let bytes = image.block(g.page_at(page) / BLOCK64);
-            Rc::new(match parse_page(bytes, page, owner, count) {
-                ParsedPage::Blank => Some(vec![Tuple::UNWRITTEN; count]),
-                ParsedPage::Good(_, tuples) => Some(tuples),
-                ParsedPage::Bad => None,
-            })
+            let mut tuples = Vec::new();
+            for (range, sector) in parse_page(bytes, page, owner) {
+                match sector {
+                    Sector::Blank => tuples.extend(range.map(|_| Tuple::UNWRITTEN)),
+                    Sector::Good(_, good) => tuples.extend(good),
+                    Sector::Bad => return Rc::new(None),
+                }
+            }
+            Rc::new(Some(tuples))
         };
         Some(self.pages.borrow_mut().entry((page, member)).or_insert_with(parse).clone())
     }
 }
 
-fn block_number(g: &Geometry, place: Place) -> u64 {
+/// The number of a block on the array.
+pub(crate) fn block_number(g: &Geometry, place: Place) -> u64 {
     place.stripe * g.row_shape().stripe_blocks()
         + place.column as u64 * u64::from(g.chunk_blocks)
         + u64::from(place.row)
 }
 
 /// What the superblock copies of an image say; `None` without a good one.
-pub fn probe(image: &Image, role: usize, size: u64) -> Option<Probe> {
+pub fn probe(image: &Image, path: &Path, size: u64) -> Option<Probe> {
     let copies = [0, size / BLOCK64 - 1].map(|number| Superblock::parse(image.block(number)));
     let newest = copies.into_iter().flatten().max_by_key(|copy| copy.generation)?;
-    let path = PathBuf::from(format!("m{role}"));
-    Some(Probe { path, superblock: newest, bad_copies: Vec::new() })
+    Some(Probe { path: path.into(), superblock: newest, bad_copies: Vec::new() })
 }

@@ -1,18 +1,37 @@
 //! The bytes of a member, or of what an array should read as.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use stableio_mem::BLOCK;
 
 const BLOCK64: u64 = BLOCK as u64;
+
+/// The bytes of a block, shared by all who hold this version of it.
+pub type Block = Arc<[u8; BLOCK]>;
+
+/// A block of these bytes.
+///
+/// # Panics
+///
+/// When they are not one block.
+pub fn block_of(bytes: &[u8]) -> Block {
+    let bytes: &[u8; BLOCK] = bytes.try_into().expect("one block");
+    Arc::new(*bytes)
+}
+
+/// A block of zeros.
+pub fn zeros() -> Block {
+    static ZEROS: OnceLock<Block> = OnceLock::new();
+    ZEROS.get_or_init(|| Arc::new([0; BLOCK])).clone()
+}
 
 /// Bytes of any length of which most were never written, and are zero.
 ///
 /// Cloning is cheap: blocks are shared until one of the two is changed.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Image {
-    blocks: BTreeMap<u64, Arc<[u8; BLOCK]>>,
+    blocks: BTreeMap<u64, Block>,
 }
 
 impl Image {
@@ -22,14 +41,23 @@ impl Image {
         self.blocks.get(&number).map_or(ZEROS, |block| block)
     }
 
+    /// The same, to be kept.
+    pub fn share(&self, number: u64) -> Block {
+        self.blocks.get(&number).cloned().unwrap_or_else(zeros)
+    }
+
+    /// Replaces a block by one that is shared.
+    pub fn put(&mut self, number: u64, block: Block) {
+        self.blocks.insert(number, block);
+    }
+
     /// Replaces a block.
     ///
     /// # Panics
     ///
     /// When `bytes` is not one block.
     pub fn set_block(&mut self, number: u64, bytes: &[u8]) {
-        let bytes: [u8; BLOCK] = bytes.try_into().expect("one block");
-        self.blocks.insert(number, Arc::new(bytes));
+        self.put(number, block_of(bytes));
     }
 
     /// Reads bytes from `at` on.
@@ -42,18 +70,16 @@ impl Image {
     /// Writes bytes from `at` on.
     pub fn write(&mut self, at: u64, bytes: &[u8]) {
         for (number, range, done) in blocks_of(at, bytes.len()) {
-            let mut block = *self.block(number);
-            let len = range.len();
-            block[range].copy_from_slice(&bytes[done..done + len]);
-            self.set_block(number, &block);
+            let part = &bytes[done..done + range.len()];
+            Arc::make_mut(self.blocks.entry(number).or_insert_with(zeros))[range]
+                .copy_from_slice(part);
         }
     }
 
     /// Turns one bit over.
     pub fn flip(&mut self, at: u64, bit: u8) {
-        let mut block = *self.block(at / BLOCK64);
-        block[(at % BLOCK64) as usize] ^= 1 << bit;
-        self.set_block(at / BLOCK64, &block);
+        let block = self.blocks.entry(at / BLOCK64).or_insert_with(zeros);
+        Arc::make_mut(block)[(at % BLOCK64) as usize] ^= 1 << bit;
     }
 
     /// Numbers of the blocks that were ever written, ascending.

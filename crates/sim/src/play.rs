@@ -1,151 +1,310 @@
 //! A mix of everything, from one seed: what `sim SEED` replays.
+//!
+//! This file decides what a world is made of and what its program does;
+//! `drama` what goes wrong.
 
+use std::any::Any;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use stableio_array::Level;
-use stableio_array::geometry::{GUARDS_AT, Place};
+use stableio_block::{Error, Kind as ErrorKind};
 use stableio_mem::BLOCK;
 
 use crate::check::Finding;
+use crate::coverage::{Coverage, Event};
+use crate::drama::Plan;
+use crate::medium::Medium;
+use crate::protection::Protection;
 use crate::random::Random;
-use crate::world::{Flight, Shape, World, alone};
+use crate::shape::Shape;
+use crate::world::{Flight, Flush, Remains, World, alone};
 use crate::write::Write;
 
-const BLOCK64: u64 = BLOCK as u64;
+pub(crate) const BLOCK64: u64 = BLOCK as u64;
 
 /// Steps that a world lasts, where nobody says otherwise.
-pub const STEPS: u64 = 20_000;
+pub const STEPS: u64 = 4_000;
 /// Writes under way at once, at most.
 const FLIGHTS: usize = 4;
 
-/// What goes wrong in a world: never more than its redundancy absorbs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Drama {
-    /// Nothing but the racing program.
-    None,
-    /// The process dies, again and again.
-    Crashes,
-    /// One member turns bits over and has unreadable blocks.
-    Rot,
-    /// One member breaks down; at the end the process dies too.
-    Death,
+/// What worlds are played.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Steps that each lasts, about.
+    pub steps: u64,
+    /// A protection that is taken away.
+    pub without: Option<Protection>,
+    /// In one of so many worlds `tools/extract.py` takes the data out of what
+    /// is left before each opening; 0: in none.
+    pub extract_one_in: u64,
+    /// Whether to print what happens.
+    pub trace: bool,
 }
 
-/// Plays the world of a seed for about so many steps; gives what does not fit.
-pub fn play(seed: u64, steps: u64) -> Vec<Finding> {
-    alone(|| {
-        let mut random = Random::new(seed);
-        let (shape, drama) = choose(&mut random);
-        let world = World::new(&shape, random.next());
-        let culprit = random.below(shape.members as u64) as usize;
-        let mut play = Play { random, shape, drama, culprit, flights: vec![], findings: vec![] };
-        match play.run(world, steps) {
-            Ok(()) => {}
-            Err(why) => play.note([Finding::Other(format!("the array did not open again: {why}"))]),
+/// What came of a world.
+#[derive(Debug)]
+pub struct Report {
+    /// What does not fit.
+    pub findings: Vec<Finding>,
+    /// What happened.
+    pub coverage: Coverage,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { steps: STEPS, without: None, extract_one_in: 0, trace: false }
+    }
+}
+
+/// Plays the world of a seed. A panic is a finding.
+pub fn play(seed: u64, options: Options) -> Report {
+    let world = || {
+        if let Some(protection) = options.without {
+            protection.take_from_thread();
         }
-        play.findings
+        let mut random = Random::new(seed);
+        let Options { without, trace, extract_one_in, .. } = options;
+        let mut shape = Shape { without, trace, ..Shape::any(&mut random) };
+        let plan = Plan::choose(&shape, &mut random);
+        if plan.loses_much() && !random.one_in(4) {
+            // Only then rows are written whole without their content in the log.
+            shape.atomic = BLOCK as u32;
+        }
+        if trace {
+            eprintln!("{shape:?}");
+        }
+        let remains = Remains::new(&shape, random.next());
+        let mut play = Play {
+            random,
+            plan,
+            away: vec![None; shape.members],
+            in_sync: vec![true; shape.members],
+            exposed: BTreeSet::new(),
+            shape,
+            flights: vec![],
+            ghosts: vec![],
+            flushes: vec![],
+            discarded: vec![],
+            rotten: false,
+            extracts: extract_one_in > 0 && seed.is_multiple_of(extract_one_in),
+            findings: vec![],
+        };
+        let coverage = play.run(remains, options.steps);
+        Report { findings: play.findings, coverage }
+    };
+    let caught = std::panic::catch_unwind(|| alone(world));
+    caught.unwrap_or_else(|panic| {
+        let finding = Finding::Other(format!("panic: {}", message(&*panic)));
+        Report { findings: vec![finding], coverage: Coverage::default() }
     })
 }
 
-fn choose(random: &mut Random) -> (Shape, Drama) {
-    let mut shape = match random.below(5) {
-        0 => Shape::single(),
-        n => Shape::raid5(2 + n.min(3) as usize),
-    };
-    shape.chunk = 4096 << random.below(4);
-    shape.memory_align = random.pick(&[1, 512]);
-    // A small pool makes requests wait for memory, and be sampled late.
-    shape.pool = random.pick(&[8 << 20, 16 << 20]);
-    let drama = match shape.level {
-        Level::Single => random.pick(&[Drama::None, Drama::Crashes]),
-        _ => random.pick(&[Drama::None, Drama::Crashes, Drama::Crashes, Drama::Rot, Drama::Death]),
-    };
-    (shape, drama)
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
 }
 
-struct Play {
-    random: Random,
-    shape: Shape,
-    drama: Drama,
-    /// The one member that is at fault where one is.
-    culprit: usize,
-    flights: Vec<Flight>,
-    findings: Vec<Finding>,
+/// Kinds of writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Zeros,
+    Discard,
+    Ours,
+    Racing,
+}
+
+/// A world as it is played.
+pub(crate) struct Play {
+    pub(crate) random: Random,
+    pub(crate) shape: Shape,
+    pub(crate) plan: Plan,
+    /// By role, members that were lost and may come back.
+    pub(crate) away: Vec<Option<Medium>>,
+    /// By role, whether the array believed it when that was last looked at.
+    in_sync: Vec<bool>,
+    /// Blocks that were at risk when a member failed, and still are (MODEL-4).
+    pub(crate) exposed: BTreeSet<u64>,
+    pub(crate) flights: Vec<Flight>,
+    /// Writes whose ticket was dropped, and that may or may not be done.
+    pub(crate) ghosts: Vec<Write>,
+    pub(crate) flushes: Vec<Flush>,
+    /// Bytes that were discarded, for writes that go over a part of them.
+    discarded: Vec<Range<u64>>,
+    /// Whether members may hold what nobody wrote.
+    pub(crate) rotten: bool,
+    /// Whether its data is taken out before each opening.
+    pub(crate) extracts: bool,
+    pub(crate) findings: Vec<Finding>,
 }
 
 impl Play {
-    fn run(&mut self, mut world: World, steps: u64) -> Result<(), String> {
-        let mut done = 0;
-        while done + world.steps < steps && self.findings.is_empty() {
-            match self.random.below(16) {
-                0..=5 => self.begin_write(&mut world),
-                6 | 7 => self.read(&mut world),
-                8 => self.read_into_racing_memory(&mut world),
-                9 => world.flush(),
-                10 => self.drop_a_ticket(&mut world),
-                11 => self.rest(&mut world),
-                12 if self.drama == Drama::Crashes => {
-                    done += world.steps;
-                    world = self.crash(world)?;
-                }
-                12 | 13 => self.misfortune(&mut world),
-                _ => {}
-            }
-            world.run(self.random.below(300));
-            self.collect(&mut world);
+    fn run(&mut self, remains: Remains, steps: u64) -> Coverage {
+        let mut coverage = remains.coverage.clone();
+        let ended = World::open(&self.shape, remains, None)
+            .and_then(|world| self.go_on(world, steps))
+            .and_then(|world| self.end(world));
+        match ended {
+            Ok(remains) => coverage = remains.coverage,
+            Err(why) => self.note([Finding::Other(format!("the array did not open: {why}"))]),
         }
-        self.end(world)
+        coverage
     }
 
-    fn note(&mut self, findings: impl IntoIterator<Item = Finding>) {
+    fn go_on(&mut self, mut world: World, steps: u64) -> Result<World, String> {
+        // Steps of opening and of looking at everything do not count.
+        let (mut spent, mut since) = (0, world.steps);
+        while spent < steps && self.findings.is_empty() {
+            match self.random.below(20) {
+                0..=6 => self.begin_write(&mut world),
+                7 => self.read(&mut world),
+                8 => self.read_into_racing_memory(&mut world),
+                9 | 10 => self.begin_flush(&mut world),
+                11 => self.drop_a_ticket(&mut world),
+                12 if self.random.one_in(3) => self.rest(&mut world),
+                13 | 14 => self.misfortune(&mut world),
+                18 if self.random.one_in(2) => self.replace(&mut world),
+                18 => self.scrub(&mut world),
+                19 if self.random.one_in(4) => self.others_are_at_fault(&world),
+                15 if self.random.one_in(4) => {
+                    spent += world.steps - since;
+                    world = self.close_and_open(world)?;
+                    since = world.steps;
+                }
+                16 | 17 => {
+                    if let Some(stop) = self.plan.crash(&mut self.random) {
+                        spent += world.steps - since;
+                        world = self.crash(world, stop)?;
+                        since = world.steps;
+                    }
+                }
+                _ => {}
+            }
+            world.run(self.random.below(200));
+            self.collect(&mut world);
+            world.note_replaced();
+            world.has_scrubbed();
+            spent += world.steps - since;
+            since = world.steps;
+        }
+        Ok(world)
+    }
+
+    pub(crate) fn note(&mut self, findings: impl IntoIterator<Item = Finding>) {
         self.findings.extend(findings);
     }
 
     /// Begins a write that shares no block with those under way.
-    fn begin_write(&mut self, world: &mut World) {
-        let Some((at, len)) = self.free_range(world) else { return };
-        let write = match self.random.below(6) {
-            0 => Write::zeros(at, len),
-            1 => Write::ours(at, self.random.bytes(len)),
-            _ => {
+    pub(crate) fn begin_write(&mut self, world: &mut World) {
+        if self.flights.len() + self.ghosts.len() >= FLIGHTS {
+            return;
+        }
+        let kind = match self.random.below(8) {
+            0 => Kind::Zeros,
+            1 => Kind::Discard,
+            2 => Kind::Ours,
+            _ => Kind::Racing,
+        };
+        let empties = matches!(kind, Kind::Zeros | Kind::Discard);
+        let over_discarded = !empties && !self.discarded.is_empty() && self.random.one_in(4);
+        let whole_rows = if empties || self.plan.loses_much() { 2 } else { 8 };
+        let (at, len) = match over_discarded {
+            true => self.part_of_a_discard(),
+            false if self.random.one_in(whole_rows) => self.any_stripe(world),
+            false => self.any_range(world),
+        };
+        if self.write_to(world, kind, at, len) && over_discarded {
+            world.coverage.note(Event::DiscardedRowsPartlyRewritten);
+        }
+    }
+
+    /// Begins a write of a part of a block.
+    pub(crate) fn write_a_part_of(&mut self, world: &mut World, block: u64) {
+        let kind = self.random.pick(&[Kind::Ours, Kind::Racing]);
+        let at = block * BLOCK64 + 512 * self.random.below(8);
+        self.write_to(world, kind, at, 512);
+    }
+
+    /// False where somebody writes there, or the array ends.
+    fn write_to(&mut self, world: &mut World, kind: Kind, at: u64, len: usize) -> bool {
+        if !self.is_free(at, len) || at + len as u64 > world.size() {
+            return false;
+        }
+        let empties = matches!(kind, Kind::Zeros | Kind::Discard);
+        if empties {
+            world.coverage.note(Event::Discards);
+            self.discarded.push(at..at + len as u64);
+        }
+        let whole = (at | len as u64).is_multiple_of(BLOCK64);
+        let discard = kind == Kind::Discard && whole;
+        let write = match kind {
+            Kind::Discard if whole => Write::discard(at, len),
+            Kind::Zeros | Kind::Discard => Write::zeros(at, len),
+            Kind::Ours => Write::ours(at, self.random.bytes(len)),
+            Kind::Racing => {
                 let align = self.random.pick(&[1, 8, 512]);
                 Write::racing(at, world.program.scattered(len, align, &mut self.random))
             }
         };
-        let write = Write { fua: self.random.one_in(10), ..write };
+        let write = Write { fua: !discard && self.random.one_in(8), ..write };
+        let rebuilding = world.is_rebuilding();
+        world.coverage.add(Event::WritesDuringRebuild, u64::from(rebuilding));
+        world.coverage.note(Event::Writes);
+        world.coverage.add(Event::FuaWrites, u64::from(write.fua));
         self.flights.push(world.submit(write));
+        true
     }
 
-    fn free_range(&mut self, world: &World) -> Option<(u64, usize)> {
-        let len = match self.random.below(3) {
-            0 => 512 * self.random.between(1, 24),
-            1 => BLOCK * self.random.between(1, 16),
-            _ => 512 * self.random.between(1, 512),
+    fn any_range(&mut self, world: &World) -> (u64, usize) {
+        let len = match self.random.below(4) {
+            0 | 1 => 512 * self.random.between(1, 16),
+            2 => BLOCK * self.random.between(1, 8),
+            _ => 512 * self.random.between(1, 160),
         };
         let align = if self.random.one_in(2) { 512 } else { BLOCK64 };
-        let at = self.random.below((world.size() - len as u64) / align) * align;
-        let free = self.is_free(at, len);
-        (free && self.flights.len() < FLIGHTS).then_some((at, len))
+        // Most writes go to a few places: versions and rows meet there.
+        let room = world.size() - len as u64;
+        let room = if self.random.one_in(3) { room } else { room.min(192 << 10) };
+        (self.random.below(room / align + 1) * align, len)
+    }
+
+    /// All blocks of a few rows, if the array has so many there.
+    fn any_stripe(&mut self, world: &World) -> (u64, usize) {
+        let stripe = world.array.superblock().geometry.row_shape().stripe_blocks() * BLOCK64;
+        let first = self.random.below((world.size() / stripe).min(4));
+        (first * stripe, self.random.between(1, 2) * stripe as usize)
+    }
+
+    fn part_of_a_discard(&mut self) -> (u64, usize) {
+        let i = self.random.below(self.discarded.len() as u64) as usize;
+        let range = self.discarded[i].clone();
+        let from = range.start + self.random.below((range.end - range.start) / 512) * 512;
+        let len = (512 * self.random.between(1, 16) as u64).min(range.end - from);
+        (from, len as usize)
     }
 
     fn is_free(&self, at: u64, len: usize) -> bool {
         let (first, end) = (at / BLOCK64, (at + len as u64).div_ceil(BLOCK64));
-        self.flights.iter().map(|f| f.write.blocks()).all(|b| b.end <= first || end <= b.start)
+        let under_way = self.flights.iter().map(|f| &f.write).chain(&self.ghosts);
+        under_way.map(Write::blocks).all(|b| b.end <= first || end <= b.start)
     }
 
     /// Blocks that nobody is writing read as the model says (READ-1).
     fn read(&mut self, world: &mut World) {
-        let len = BLOCK * self.random.between(1, 32);
-        let at = self.random.below((world.size() - len as u64) / BLOCK64) * BLOCK64;
+        let len = BLOCK * self.random.between(1, 16);
+        let at = self.random.below((world.size() - len as u64) / BLOCK64 + 1) * BLOCK64;
         if !self.is_free(at, len) {
             return;
         }
+        world.coverage.note(Event::Reads);
+        let blocks = at / BLOCK64..at / BLOCK64 + (len / BLOCK) as u64;
+        let lost = blocks.clone().any(|block| world.model.is_lost(block));
         let mut want = vec![0; len];
         world.model.read(at, &mut want);
         let why = match world.read(at, len) {
+            Ok(_) if lost => "a lost block in it is lost no more".to_owned(),
             Ok(found) if found == want => return,
-            Ok(_) => "reads as something else".to_owned(),
+            Ok(_) => format!("or one of {} after it, reads as something else", blocks.count()),
+            Err(error) if lost && error.kind == ErrorKind::Lost => return,
             Err(error) => error.to_string(),
         };
         self.note([Finding::Content { block: at / BLOCK64, why }]);
@@ -154,146 +313,117 @@ impl Play {
     /// READ-2: whatever the program does to its buffer, and whoever writes
     /// there meanwhile, the read succeeds.
     fn read_into_racing_memory(&mut self, world: &mut World) {
-        let len = 512 * self.random.between(1, 128);
-        let at = self.random.below((world.size() - len as u64) / 512) * 512;
-        let into = world.program.scattered(len, 1, &mut self.random);
-        if let Err(error) = world.read_racing(at, &into) {
+        // Whole blocks go straight into the program's memory.
+        let align = self.random.pick(&[512, BLOCK, BLOCK]);
+        let len = align * self.random.between(1, (96 << 9) / align);
+        let at = self.random.below((world.size() - len as u64) / align as u64 + 1) * align as u64;
+        // Where somebody writes, mostly.
+        let at = match self.flights.last().filter(|_| !self.random.one_in(3)) {
+            Some(flight) => flight.write.at / align as u64 * align as u64,
+            None => at,
+        };
+        let at = at.min((world.size() - len as u64) / align as u64 * align as u64);
+        let lost = (at / BLOCK64..(at + len as u64).div_ceil(BLOCK64))
+            .any(|block| world.model.is_lost(block));
+        world.coverage.note(Event::RacingReads);
+        let align = if align == BLOCK { 512 } else { 1 };
+        let into = world.program.scattered(len, align, &mut self.random);
+        if let Err(error) = world.read_racing(at, &into)
+            && !lost
+        {
             self.note([Finding::Other(format!("READ-2: {error}"))]);
         }
     }
 
-    /// DEV-1: nobody waits for this write any more. What it left is looked at
-    /// once nothing is under way.
+    pub(crate) fn begin_flush(&mut self, world: &mut World) {
+        if self.flushes.len() < 2 {
+            world.coverage.note(Event::Flushes);
+            self.flushes.push(world.begin_flush());
+        }
+    }
+
+    /// DEV-1: nobody waits for this write any more.
     fn drop_a_ticket(&mut self, world: &mut World) {
         if self.flights.is_empty() {
             return;
         }
+        world.coverage.note(Event::DroppedTickets);
         let i = self.random.below(self.flights.len() as u64) as usize;
         let write = self.flights.swap_remove(i).detach();
-        self.rest(world);
-        world.rest(&write);
-        self.learn(world, &write);
+        self.ghosts.push(write);
     }
 
-    /// Writes that settled go into the model.
+    /// Writes and flushes that settled go into the model.
     fn collect(&mut self, world: &mut World) {
+        self.note_failures(world);
+        for mut flush in std::mem::take(&mut self.flushes) {
+            match world.has_flushed(&mut flush) {
+                None => self.flushes.push(flush),
+                Some(Ok(())) => {}
+                Some(Err(error)) => self.note([Finding::Other(format!("a flush failed: {error}"))]),
+            }
+        }
         for mut flight in std::mem::take(&mut self.flights) {
             if !world.has_settled(&mut flight) {
                 self.flights.push(flight);
                 continue;
             }
             let (write, outcome) = world.settle(flight);
-            match outcome {
-                Ok(_) => self.learn(world, &write),
-                Err(error) => self.note([Finding::Other(format!("a write failed: {error}"))]),
+            let failed = outcome.is_err();
+            if let Err(error) = outcome {
+                self.judge(world, &write, &error);
             }
+            let findings = world.learn(&write, failed);
+            self.note(findings);
         }
     }
 
-    fn learn(&mut self, world: &mut World, write: &Write) {
-        for block in write.blocks() {
-            let why = match world.read(block * BLOCK64, BLOCK) {
-                Err(error) => Err(error.to_string()),
-                Ok(found) => {
-                    let fits = write.explains(block, &found, world.model.block(block));
-                    world.model.set_block(block, &found);
-                    fits
-                }
-            };
-            self.note(why.err().map(|why| Finding::Content { block, why }));
+    /// Sees members that the array believes no more.
+    pub(crate) fn note_failures(&mut self, world: &World) {
+        let under_way = self.flights.iter().map(|f| &f.write).chain(&self.ghosts);
+        let mut at_risk: BTreeSet<u64> = under_way.flat_map(Write::blocks).collect();
+        at_risk.extend(world.model.unflushed());
+        let in_sync: Vec<bool> = (0..self.shape.members).map(|role| world.in_sync(role)).collect();
+        if self.in_sync.iter().zip(&in_sync).any(|(was, is)| *was && !is) {
+            self.exposed = at_risk;
+        } else {
+            self.exposed.retain(|block| at_risk.contains(block));
         }
-        if let Err(why) = write.explains_whole(&world.model) {
-            self.note([Finding::Content { block: write.blocks().start, why }]);
+        self.in_sync = in_sync;
+    }
+
+    /// A write fails only where it leaves a part of a lost block as it is.
+    pub(crate) fn judge(&mut self, world: &World, write: &Write, error: &Error) {
+        let part_of_lost = |block: u64| !write.covers(block) && world.model.is_lost(block);
+        let may = error.kind == ErrorKind::Lost && write.blocks().any(part_of_lost);
+        if !may {
+            self.note([Finding::Other(format!("a write failed: {error}"))]);
         }
     }
 
-    /// Lets everything settle; then all must fit.
-    fn rest(&mut self, world: &mut World) {
+    /// Lets everything settle.
+    pub(crate) fn rest(&mut self, world: &mut World) {
         world.quiet();
         self.collect(world);
         for flight in std::mem::take(&mut self.flights) {
             let at = flight.detach().at;
             self.note([Finding::Other(format!("DEV-2: the write at byte {at} never settles"))]);
         }
+        if !std::mem::take(&mut self.flushes).is_empty() {
+            self.note([Finding::Other("DEV-2: a flush never settles".to_owned())]);
+        }
+        for write in std::mem::take(&mut self.ghosts) {
+            world.rest(&write);
+            // It may have failed, where it could; nobody knows.
+            let could_fail = write.blocks().any(|block| world.model.is_lost(block));
+            let findings = world.learn(&write, could_fail);
+            self.note(findings);
+        }
         self.note(world.leftovers());
-        if self.drama != Drama::Rot {
-            self.note(world.checker().all());
-        }
     }
 
-    fn misfortune(&mut self, world: &mut World) {
-        let member = world.members[self.culprit].clone().expect("left out only by a crash");
-        match self.drama {
-            Drama::None | Drama::Crashes => {}
-            Drama::Rot => {
-                let region = self.random.pick(&[0, GUARDS_AT, GUARDS_AT]);
-                let at = region + self.random.below(self.shape.member_size - region);
-                match self.random.below(3) {
-                    0 => member.make_unreadable(at / BLOCK64 * BLOCK64..at + 1),
-                    _ => member.flip(at, self.random.below(8) as u8),
-                }
-            }
-            Drama::Death => {
-                member.break_down();
-                // Only now does the checker know that it is gone.
-                world.flush();
-            }
-        }
+    /// What the members hold once the array is closed: CHECK-1 to CHECK-3.
+    pub(crate) fn check_images(&mut self, world: &mut World) {
+        self.note(world.checker().all());
     }
-
-    /// The process dies, and the array is opened again.
-    fn crash(&mut self, mut world: World) -> Result<World, String> {
-        self.collect(&mut world);
-        let under_way: Vec<Write> = self.flights.drain(..).map(Flight::detach).collect();
-        let degraded = world.members[self.culprit].as_ref().is_none_or(|m| m.is_broken());
-        let mut world = world.crash_and_open()?;
-        for write in &under_way {
-            let (findings, _) = world.absorb_crash(write, degraded);
-            self.note(findings);
-        }
-        if degraded {
-            // The write hole, while a member is missing: other blocks of rows
-            // that were being written may be lost. They are never wrong.
-            let lost = under_way.iter().flat_map(|w| rows_around(&world, w.blocks())).collect();
-            let findings = world.read_all(&lost);
-            self.note(findings);
-        } else {
-            self.note(world.checker().all());
-        }
-        Ok(world)
-    }
-
-    fn end(&mut self, mut world: World) -> Result<(), String> {
-        if self.drama == Drama::Death {
-            return self.crash(world).map(drop);
-        }
-        self.rest(&mut world);
-        let findings = world.read_all(&BTreeSet::new());
-        self.note(findings);
-        let closing = world.array.device().begin_close();
-        if let Err(error) = world.finish(closing) {
-            self.note([Finding::Other(format!("closing: {error}"))]);
-        }
-        let mut world = world.crash_and_open()?;
-        let findings = world.read_all(&BTreeSet::new());
-        self.note(findings);
-        if self.drama == Drama::Rot {
-            // Reading mended the data. Tuples and parity that nobody needed
-            // are not looked at by a read.
-            let all = world.checker().all().into_iter();
-            self.note(all.filter(|f| matches!(f, Finding::Guard { .. })));
-        }
-        Ok(())
-    }
-}
-
-/// All blocks of the rows that some blocks lie in.
-fn rows_around(world: &World, blocks: Range<u64>) -> Vec<u64> {
-    let g = world.array.superblock().geometry;
-    let row = |block| {
-        let Place { stripe, row, .. } = g.place(block);
-        let first = stripe * g.row_shape().stripe_blocks() + u64::from(row);
-        (0..g.columns() as u64).map(move |column| first + column * u64::from(g.chunk_blocks))
-    };
-    blocks.flat_map(row).collect()
 }

@@ -265,39 +265,45 @@ impl Drop for Memory {
 
 /// Loads bytes as a device does: aligned words whole, what is left by byte.
 pub(crate) fn load(addr: usize, into: &mut [u8]) {
-    let mut done = 0;
-    while done < into.len() {
-        let at = addr + done;
-        if at.is_multiple_of(WORD) && done + WORD <= into.len() {
-            // SAFETY: the caller's range is mapped and kept alive; the word is
-            // aligned. Volatile: others may store to it.
-            let word = unsafe { (at as *const u64).read_volatile() };
-            into[done..done + WORD].copy_from_slice(&word.to_ne_bytes());
-            done += WORD;
-        } else {
-            // SAFETY: as above; a byte is always aligned.
-            into[done] = unsafe { (at as *const u8).read_volatile() };
-            done += 1;
-        }
+    let (words_at, tail_at) = parts(addr, into.len());
+    let byte = |at: usize| {
+        // SAFETY: the caller's range is mapped and kept alive; a byte is
+        // always aligned. Volatile: others may store to it.
+        unsafe { ((addr + at) as *const u8).read_volatile() }
+    };
+    for (at, place) in into[..words_at].iter_mut().enumerate() {
+        *place = byte(at);
+    }
+    for (i, place) in into[words_at..tail_at].chunks_exact_mut(WORD).enumerate() {
+        // SAFETY: as above; the word is aligned, as `parts` cuts there.
+        let word = unsafe { ((addr + words_at + i * WORD) as *const u64).read_volatile() };
+        place.copy_from_slice(&word.to_ne_bytes());
+    }
+    for (at, place) in into[tail_at..].iter_mut().enumerate() {
+        *place = byte(tail_at + at);
     }
 }
 
 /// Stores bytes as a device does.
 pub(crate) fn store(addr: usize, from: &[u8]) {
-    let mut done = 0;
-    while done < from.len() {
-        let at = addr + done;
-        if at.is_multiple_of(WORD) && done + WORD <= from.len() {
-            let word = u64::from_ne_bytes(from[done..done + WORD].try_into().expect("a word"));
-            // SAFETY: as in `load`; the owner asked for these bytes.
-            unsafe { (at as *mut u64).write_volatile(word) };
-            done += WORD;
-        } else {
-            // SAFETY: as above.
-            unsafe { (at as *mut u8).write_volatile(from[done]) };
-            done += 1;
-        }
+    let (words_at, tail_at) = parts(addr, from.len());
+    let store_byte = |at: usize| {
+        // SAFETY: as in `load`; the owner asked for these bytes.
+        unsafe { ((addr + at) as *mut u8).write_volatile(from[at]) }
+    };
+    (0..words_at).for_each(store_byte);
+    for (i, bytes) in from[words_at..tail_at].chunks_exact(WORD).enumerate() {
+        let word = u64::from_ne_bytes(bytes.try_into().expect("a word"));
+        // SAFETY: as above; the word is aligned, as `parts` cuts there.
+        unsafe { ((addr + words_at + i * WORD) as *mut u64).write_volatile(word) };
     }
+    (tail_at..from.len()).for_each(store_byte);
+}
+
+/// Where, in `len` bytes from `addr` on, the aligned words begin and end.
+fn parts(addr: usize, len: usize) -> (usize, usize) {
+    let words_at = (addr.next_multiple_of(WORD) - addr).min(len);
+    (words_at, len - (len - words_at) % WORD)
 }
 
 #[cfg(test)]

@@ -1,101 +1,34 @@
 //! One array with its members and its program, step by step.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 
 use stableio_array::array::ArrayOptions;
-use stableio_array::superblock::Id;
-use stableio_array::{Array, Geometry, Health, Level, RoleState, Superblock, assemble};
+use stableio_array::{Array, AssembleError, Assembly, Attached, Health, TendError, assemble};
 use stableio_block::exec::Executor;
-use stableio_block::{Device, Error, Into, Op, Outcome, Reply, Request, Stack, Ticket};
+use stableio_block::{Device, Error, Into, Kind, Op, Outcome, Reply, Request, Stack, Ticket};
 use stableio_mem::{BLOCK, Grant, Pool};
 
 use crate::check::{Checker, Finding, probe};
-use crate::image::Image;
-use crate::member::SimMember;
+use crate::coverage::{Coverage, Event};
+use crate::extract::Extracted;
+use crate::image::{Image, block_of};
+use crate::medium::Medium;
+use crate::member::{SimMember, Wreck};
+use crate::model::{Crash, Model, Pending, Version};
 use crate::program::{Program, Source};
+use crate::protection::Protection;
 use crate::random::Random;
+use crate::shape::{Region, Shape, region};
 use crate::write::{Content, Write};
 
-/// What a world is made of.
-#[derive(Debug, Clone)]
-pub struct Shape {
-    /// Redundancy.
-    pub level: Level,
-    /// Members.
-    pub members: usize,
-    /// Bytes of a chunk.
-    pub chunk: u64,
-    /// Bytes of a member.
-    pub member_size: u64,
-    /// Bytes that members want memory aligned to.
-    pub memory_align: u32,
-    /// Bytes of the requests' pool.
-    pub pool: usize,
-    /// Whether the program's memory is declared stable, which is a lie: for
-    /// the twins.
-    pub lie: bool,
-    /// Whether to open without recovery: for a twin.
-    pub forget_crash: bool,
-}
-
-impl Shape {
-    /// RAID5 over so many members.
-    pub fn raid5(members: usize) -> Self {
-        Self {
-            level: Level::Raid5,
-            members,
-            chunk: 16 << 10,
-            member_size: 5 << 20,
-            memory_align: 1,
-            pool: 16 << 20,
-            lie: false,
-            forget_crash: false,
-        }
-    }
-
-    /// One member.
-    pub fn single() -> Self {
-        Self { level: Level::Single, members: 1, ..Self::raid5(3) }
-    }
-
-    /// Members as they are after creation.
-    ///
-    /// # Panics
-    ///
-    /// When there is no such array.
-    pub fn create(&self, random: &mut Random) -> Vec<Option<Image>> {
-        let geometry = Geometry::new(self.level, self.members, self.chunk, self.member_size)
-            .expect("a shape that can be");
-        let mut id = || Id(random.bytes(16).try_into().expect("16 bytes"));
-        let array = id();
-        let roles: Vec<_> = (0..self.members).map(|_| (id(), RoleState::InSync)).collect();
-        let image = |role: usize| {
-            let superblock = Superblock {
-                array,
-                name: "sim".into(),
-                member: roles[role].0,
-                role,
-                generation: 1,
-                epoch: 0,
-                in_use: false,
-                created: 0,
-                geometry,
-                roles: roles.clone(),
-            };
-            let mut image = Image::default();
-            for at in [0, geometry.second_superblock_at()] {
-                image.write(at, &superblock.encode()[..]);
-            }
-            Some(image)
-        };
-        (0..self.members).map(image).collect()
-    }
-}
+/// Blocks that are looked at by one read.
+const LOOK: u64 = 16;
 
 /// An open array and everything around it.
 pub struct World {
@@ -112,11 +45,58 @@ pub struct World {
     /// Memory of requests.
     pub pool: Arc<Pool>,
     /// What the array should read as.
-    pub model: Image,
+    pub model: Model,
+    /// What happened so far.
+    pub coverage: Coverage,
     /// Steps made.
     pub steps: u64,
+    /// By role, a member that is being filled to take its place, as far as
+    /// anybody knows.
+    pub incoming: Vec<Option<Arc<SimMember>>>,
     shape: Shape,
+    /// By role, members whose place another one took.
+    replaced: Vec<Option<Arc<SimMember>>>,
+    /// By role, whether its own member is catching up.
+    catching_up: Vec<bool>,
+    /// By role and slot, members that were there and that the array does not
+    /// believe.
+    left_out: Vec<[Option<Medium>; 2]>,
+    stalls: Vec<Stall>,
+    opening: Option<Ticket<Result<(), Error>>>,
+    scrubbing: bool,
     executor: Executor,
+}
+
+/// A member that does not go on for a while.
+struct Stall {
+    member: Arc<SimMember>,
+    until: u64,
+    dies: bool,
+}
+
+/// What is left when a world ends.
+#[derive(Clone)]
+pub struct Remains {
+    /// By role, what members hold; `None` is missing.
+    pub media: Vec<Option<Medium>>,
+    /// By role, another medium: one that was being filled to take the place,
+    /// or one whose place was taken.
+    pub others: Vec<Option<Medium>>,
+    /// What the array should read as.
+    pub model: Model,
+    /// Every later choice.
+    pub random: Random,
+    /// What happened so far.
+    pub coverage: Coverage,
+}
+
+/// How a world ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The process dies (SIM-4).
+    Death,
+    /// Power is lost (SIM-5).
+    Power,
 }
 
 /// A write under way.
@@ -125,6 +105,12 @@ pub struct Flight {
     pub write: Write,
     ticket: Option<Ticket<Outcome>>,
     outcome: Option<Outcome>,
+}
+
+/// A flush under way.
+pub struct Flush {
+    ticket: Ticket<Outcome>,
+    covers: u64,
 }
 
 /// Runs a world on a thread of its own: an open array belongs to its thread,
@@ -136,6 +122,64 @@ pub fn alone<T: Send>(world: impl FnOnce() -> T + Send) -> T {
     })
 }
 
+impl Remains {
+    /// Members of a new array.
+    pub fn new(shape: &Shape, seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let images = shape.create(&mut random);
+        Self {
+            media: images.into_iter().map(|image| Some(Medium::new(image))).collect(),
+            others: vec![None; shape.members],
+            model: Model::default(),
+            random,
+            coverage: Coverage::default(),
+        }
+    }
+
+    /// What a read of the members sees.
+    pub fn images(&self) -> Vec<Option<Image>> {
+        self.media.iter().map(|m| m.as_ref().map(|m| m.live().clone())).collect()
+    }
+
+    /// All media that are there, with their names.
+    pub fn named(&self) -> impl Iterator<Item = (String, usize, &Medium)> {
+        let slots = [&self.media, &self.others].into_iter().enumerate();
+        slots.flat_map(|(slot, media)| {
+            let media = media.iter().enumerate();
+            media.filter_map(move |(role, m)| Some((name(slot, role), role, m.as_ref()?)))
+        })
+    }
+
+    /// What the array makes of the members, by role; `trust` is the role to
+    /// believe.
+    ///
+    /// # Errors
+    ///
+    /// Why they do not assemble.
+    pub fn assemble(&self, shape: &Shape, trust: Option<usize>) -> Result<Assembly, AssembleError> {
+        let probes = self.named().filter_map(|(name, _, medium)| {
+            probe(medium.live(), Path::new(&name), shape.member_size)
+        });
+        let trust = trust.map(|role| name(0, role));
+        assemble(&probes.collect::<Vec<_>>(), trust.as_deref().map(Path::new))
+    }
+
+    /// Of a role's two media the one that the array believes is its member's
+    /// from now on.
+    pub fn sort(&mut self, assembly: &Assembly) {
+        for (role, member) in assembly.members.iter().enumerate() {
+            if member.as_deref() == Some(Path::new(&name(1, role))) {
+                std::mem::swap(&mut self.media[role], &mut self.others[role]);
+            }
+        }
+    }
+}
+
+/// The name of a medium; slot 1 is that of the others.
+fn name(slot: usize, role: usize) -> String {
+    format!("{}{role}", ["m", "r"][slot])
+}
+
 impl World {
     /// A new array.
     ///
@@ -143,50 +187,91 @@ impl World {
     ///
     /// When it can not be opened.
     pub fn new(shape: &Shape, seed: u64) -> Self {
-        let mut random = Random::new(seed);
-        let images = shape.create(&mut random);
-        Self::open(shape, random, images, Image::default()).expect("a new array opens")
+        Self::open(shape, Remains::new(shape, seed), None).expect("a new array opens")
     }
 
-    /// Opens what is on these images; `model` is what they should read as.
+    /// Opens what remains, and recovers it if need be; `trust` is the role to
+    /// believe where members exclude each other.
     ///
     /// # Errors
     ///
-    /// Why they do not assemble, or the array did not open.
-    pub fn open(
-        shape: &Shape,
-        mut random: Random,
-        images: Vec<Option<Image>>,
-        model: Image,
-    ) -> Result<Self, String> {
-        let probes: Vec<_> = images
-            .iter()
-            .enumerate()
-            .filter_map(|(role, image)| probe(image.as_ref()?, role, shape.member_size))
-            .collect();
-        let mut assembly = assemble(&probes, None).map_err(|e| e.to_string())?;
-        assembly.crashed &= !shape.forget_crash;
-        let executor = Executor::new(|| {});
-        let mut members = Vec::new();
-        for (role, (image, path)) in images.into_iter().zip(&assembly.members).enumerate() {
-            let new = |image| {
-                let (name, size) = (format!("m{role}"), shape.member_size);
-                let (random, worker) = (random.fork(), executor.handle());
-                Arc::new(SimMember::new(&name, image, size, shape.memory_align, random, worker))
-            };
-            members.push(image.filter(|_| path.is_some()).map(new));
+    /// Why the members do not assemble, or the array did not open.
+    pub fn open(shape: &Shape, remains: Remains, trust: Option<usize>) -> Result<Self, String> {
+        let mut world = Self::begin(shape, remains, trust)?;
+        loop {
+            if let Some(opened) = world.has_opened() {
+                return opened.map(|()| world);
+            }
+            if !world.step() {
+                return Err("DEV-2: opening never ends".to_owned());
+            }
         }
-        let devices = members.iter().map(|m| m.clone().map(|m| m as Arc<dyn Device>)).collect();
-        let names = (0..members.len()).map(|role| format!("m{role}")).collect();
+    }
+
+    /// Begins to open; [`has_opened`](Self::has_opened) says when it is done.
+    ///
+    /// # Errors
+    ///
+    /// Why the members do not assemble.
+    pub fn begin(
+        shape: &Shape,
+        mut remains: Remains,
+        trust: Option<usize>,
+    ) -> Result<Self, String> {
+        let mut assembly = remains.assemble(shape, trust).map_err(|e| e.to_string())?;
+        assembly.crashed &= !shape.is_without(Protection::Recovery);
+        remains.sort(&assembly);
+        let Remains { media, others, model, mut random, mut coverage } = remains;
+        let executor = Executor::new(|| {});
+        let (mut left_out, mut catching_up) = (Vec::new(), Vec::new());
+        let (mut members, mut incoming, mut attached) = (Vec::new(), Vec::new(), Vec::new());
+        for (role, slots) in media.into_iter().zip(others).enumerate() {
+            let taken = assembly.members[role].is_some();
+            let comes = assembly.incoming[role].as_deref();
+            let mut made = [None, None];
+            let mut left = [None, None];
+            for (slot, medium) in <[Option<Medium>; 2]>::from(slots).into_iter().enumerate() {
+                let (name, fork) = (name(slot, role), random.fork());
+                let Some(medium) = medium else { continue };
+                let comes = comes == Some(Path::new(&name));
+                if !comes && (slot == 1 || !taken) {
+                    left[slot] = Some(medium);
+                    coverage.note(Event::StaleMembersLeftOut);
+                    continue;
+                }
+                let build = shape.build();
+                let member = SimMember::new(&name, medium, build, fork, executor.handle());
+                made[slot] = Some(Arc::new(member));
+            }
+            let [member, other] = made;
+            let device = member.clone().map(|member| member as Arc<dyn Device>);
+            let own = if taken { None } else { device.clone() };
+            let next = other.clone().map(|other| other as Arc<dyn Device>);
+            attached.push(Attached {
+                name: name(0, role),
+                device: device.filter(|_| taken),
+                incoming: own
+                    .map(|own| (name(0, role), own))
+                    .or(next.map(|next| (name(1, role), next))),
+            });
+            catching_up.push(member.is_some() && !taken);
+            members.push(member);
+            incoming.push(other);
+            left_out.push(left);
+        }
         let handle = executor.handle();
-        let (array, opened) =
-            Array::begin(&assembly, devices, names, ArrayOptions::default(), &handle);
+        let options = ArrayOptions { history: Some(random.next() >> 1), ..ArrayOptions::default() };
+        let (array, opened) = Array::begin(&assembly, attached, options, &handle);
+        if shape.trace {
+            array.health().observe(|event| eprintln!("    {event}"));
+            eprintln!("opens {:?}, to come {:?}", assembly.members, assembly.incoming);
+        }
         let pool = Pool::new(shape.pool).map_err(|e| e.to_string())?;
         let mut stack = Stack::new("sim", array.device().clone(), pool.clone(), handle);
-        if shape.lie {
+        if shape.is_without(Protection::Stabilize) {
             stack = stack.with_grant(Grant::by_administrator());
         }
-        let mut world = Self {
+        Ok(Self {
             random,
             program: Program::default(),
             members,
@@ -194,21 +279,57 @@ impl World {
             stack,
             pool,
             model,
+            coverage,
             steps: 0,
+            incoming,
             shape: shape.clone(),
+            replaced: vec![None; shape.members],
+            catching_up,
+            left_out,
+            stalls: Vec::new(),
+            opening: Some(opened),
+            scrubbing: false,
             executor,
-        };
-        world.finish(opened).map_err(|e| e.to_string())?;
-        Ok(world)
+        })
+    }
+
+    /// Whether opening is done, and how it ended.
+    pub fn has_opened(&mut self) -> Option<Result<(), String>> {
+        let Some(opening) = &mut self.opening else { return Some(Ok(())) };
+        let opened = poll(opening)?;
+        self.opening = None;
+        Some(opened.map_err(|error| error.to_string()))
     }
 
     /// One step: the program's turn, then one ready task, by choice. False
-    /// when none is ready.
+    /// when none is ready, and no member that stalls holds one up.
     pub fn step(&mut self) -> bool {
         self.steps += 1;
         self.program.turn(&mut self.random);
+        let now = self.steps;
+        while let Some(i) = self.stalls.iter().position(|stall| stall.until <= now) {
+            self.end_stall(i);
+        }
         let Self { executor, random, .. } = self;
-        executor.enter(|| executor.run_one(|ready| random.below(ready as u64) as usize))
+        let ran = executor.enter(|| executor.run_one(|ready| random.below(ready as u64) as usize));
+        // Nothing else goes on: the time of a stall passes.
+        let waits = !ran && !self.stalls.is_empty();
+        if waits {
+            self.end_stall(0);
+        }
+        ran || waits
+    }
+
+    /// A member does not go on for so many steps; then it does, or dies.
+    pub fn stall(&mut self, member: Arc<SimMember>, steps: u64, dies: bool) {
+        member.stall();
+        self.tell(|| format!("{} stalls for {steps}, and dies: {dies}", member.name()));
+        self.stalls.push(Stall { member, until: self.steps + steps, dies });
+    }
+
+    fn end_stall(&mut self, i: usize) {
+        let stall = self.stalls.swap_remove(i);
+        if stall.dies { stall.member.break_down() } else { stall.member.resume() }
     }
 
     /// So many steps.
@@ -237,6 +358,120 @@ impl World {
         }
     }
 
+    /// The same of what is asked of the array itself.
+    pub fn finish_tending(
+        &mut self,
+        mut ticket: Ticket<Result<(), TendError>>,
+    ) -> Result<(), TendError> {
+        loop {
+            if let Poll::Ready(result) =
+                Pin::new(&mut ticket).poll(&mut Context::from_waker(Waker::noop()))
+            {
+                return result;
+            }
+            assert!(self.step(), "DEV-2: never done (step {})", self.steps);
+        }
+    }
+
+    /// Begins to fill a blank member that takes a role's place. False where
+    /// something else is under way.
+    ///
+    /// # Errors
+    ///
+    /// The array's.
+    pub fn replace(&mut self, role: usize) -> Result<bool, TendError> {
+        self.note_replaced();
+        let (name, fork) = (format!("{}-{}", name(1, role), self.steps), self.random.fork());
+        let (build, handle) = (self.shape.build(), self.executor.handle());
+        let blank = Medium::new(Image::default());
+        let member = Arc::new(SimMember::new(&name, blank, build, fork, handle));
+        let begun = self.array.device().begin_replace(role, member.clone(), name);
+        match self.finish_tending(begun) {
+            Ok(()) => {
+                self.tell(|| format!("role {role} is being replaced"));
+                self.catching_up[role] = false;
+                self.left_out[role][1] = None;
+                self.incoming[role] = Some(member);
+                Ok(true)
+            }
+            Err(TendError::Busy(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Members that were filled are their roles' from now on.
+    pub fn note_replaced(&mut self) {
+        for role in 0..self.members.len() {
+            if !self.in_sync(role) {
+                continue;
+            }
+            if std::mem::take(&mut self.catching_up[role]) {
+                self.coverage.note(Event::CaughtUp);
+            }
+            let name = self.health().members[role].name();
+            if let Some(new) = self.incoming[role].take_if(|member| *member.name() == *name) {
+                self.coverage.note(Event::Rebuilds);
+                self.replaced[role] = self.members[role].replace(new);
+                let old = self.left_out[role][0].take();
+                let unused = self.left_out[role][1].take();
+                self.left_out[role][1] = old.or(unused);
+            }
+        }
+    }
+
+    /// Whether a member is being filled that takes a place.
+    pub fn is_rebuilding(&mut self) -> bool {
+        self.note_replaced();
+        let mut incoming = self.incoming.iter().flatten();
+        incoming.any(|member| !member.is_broken())
+    }
+
+    /// Begins to look through everything. False where something else is under
+    /// way.
+    ///
+    /// # Errors
+    ///
+    /// The array's.
+    pub fn scrub(&mut self) -> Result<bool, TendError> {
+        let begun = self.array.device().begin_scrub();
+        match self.finish_tending(begun) {
+            Ok(()) => {
+                self.scrubbing = true;
+                Ok(true)
+            }
+            Err(TendError::Busy(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Stops a scrub, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// The array's.
+    pub fn stop_scrub(&mut self) -> Result<(), TendError> {
+        self.has_scrubbed();
+        let stopped = self.array.device().stop_scrub();
+        match self.finish_tending(stopped) {
+            Ok(()) => {
+                self.scrubbing = false;
+                Ok(())
+            }
+            Err(TendError::Busy(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether a scrub that was begun has looked at everything since.
+    pub fn has_scrubbed(&mut self) -> bool {
+        let done = self.scrubbing && self.health().scrub.how_far().is_none();
+        if done {
+            self.scrubbing = false;
+            self.coverage.note(Event::Scrubs);
+        }
+        done
+    }
+
     /// Bytes of the array.
     pub fn size(&self) -> u64 {
         self.stack.limits().size
@@ -245,6 +480,11 @@ impl World {
     /// Counters and events.
     pub fn health(&self) -> &Health {
         self.array.health()
+    }
+
+    /// Whether the array believes a member.
+    pub fn in_sync(&self, member: usize) -> bool {
+        self.health().members[member].in_sync.load(Ordering::Relaxed)
     }
 
     /// Blocks charged to a member.
@@ -258,6 +498,8 @@ impl World {
             self.program.race(source.buffer());
         }
         let ticket = self.stack.submit(write.request());
+        let blocks = write.blocks();
+        self.tell(|| format!("writes {blocks:?}"));
         Flight { write, ticket: Some(ticket), outcome: None }
     }
 
@@ -299,7 +541,7 @@ impl World {
         let flight = self.submit(Write::ours(at, bytes));
         let (write, outcome) = self.settle(flight);
         outcome.expect("a write to a sound array");
-        write.apply(&mut self.model);
+        self.model.apply(&write);
     }
 
     /// Makes all of `bytes` something that is not zero.
@@ -319,8 +561,37 @@ impl World {
     ///
     /// When it fails.
     pub fn flush(&mut self) {
-        let ticket = self.stack.submit(Request::flush());
+        let Flush { ticket, covers } = self.begin_flush();
         self.finish(ticket).expect("a flush of a sound array");
+        self.model.finish_flush(covers);
+    }
+
+    /// Begins a flush.
+    pub fn begin_flush(&mut self) -> Flush {
+        let covers = self.model.begin_flush();
+        Flush { ticket: self.stack.submit(Request::flush()), covers }
+    }
+
+    /// Whether a flush settled; the model then knows what is durable.
+    pub fn has_flushed(&mut self, flush: &mut Flush) -> Option<Result<(), Error>> {
+        let outcome = poll(&mut flush.ticket)?;
+        if outcome.is_ok() {
+            self.model.finish_flush(flush.covers);
+        }
+        Some(outcome.map(drop))
+    }
+
+    /// Closes; all is durable then.
+    ///
+    /// # Errors
+    ///
+    /// When members can not be flushed.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let covers = self.model.begin_flush();
+        let closing = self.array.device().begin_close();
+        self.finish(closing)?;
+        self.model.finish_flush(covers);
+        Ok(())
     }
 
     /// Reads blocks into the pool.
@@ -343,7 +614,7 @@ impl World {
     /// The read's.
     pub fn read_racing(&mut self, at: u64, into: &Source) -> Result<(), Error> {
         let into_foreign = Into::Foreign(into.handle());
-        let request = Request { op: Op::Read { at, into: into_foreign }, memory: None };
+        let request = Request::of(Op::Read { at, into: into_foreign });
         self.program.race(into.buffer());
         let ticket = self.stack.submit(request);
         let outcome = self.finish(ticket);
@@ -353,10 +624,20 @@ impl World {
 
     /// What the members hold now, for the checker; without those that broke
     /// down or were dropped.
-    pub fn checker(&self) -> Checker {
+    ///
+    /// # Panics
+    ///
+    /// When tuples can not be written to their pages.
+    pub fn checker(&mut self) -> Checker {
+        let written = self.array.device().checkpoint();
+        match self.finish_tending(written) {
+            // A closed array has written them.
+            Ok(()) | Err(TendError::Array(Kind::Stopped)) => {}
+            Err(error) => panic!("tuples were not written: {error}"),
+        }
+        self.note_replaced();
         let image = |(role, member): (usize, &Option<Arc<SimMember>>)| {
-            let in_sync = self.health().members[role].in_sync.load(Ordering::Relaxed);
-            member.as_ref().filter(|_| in_sync).map(|m| m.live())
+            member.as_ref().filter(|_| self.in_sync(role)).map(|m| m.live())
         };
         let images = self.members.iter().enumerate().map(image).collect();
         Checker::new(self.array.superblock(), images)
@@ -369,10 +650,10 @@ impl World {
         let mut findings = checker.rows_of(write.blocks());
         for block in write.blocks() {
             let Some(found) = checker.content(block) else { continue };
-            if let Err(why) = write.explains(block, &found, self.model.block(block)) {
+            if let Err(why) = write.explains(block, &found, &self.model.block(block)[..]) {
                 findings.push(Finding::Content { block, why });
             }
-            self.model.set_block(block, &found);
+            self.model.settle(block, Some(Arc::new(found)), write.fua);
         }
         if let Err(why) = write.explains_whole(&self.model) {
             findings.push(Finding::Content { block: write.blocks().start, why });
@@ -380,34 +661,112 @@ impl World {
         findings
     }
 
-    /// Everything reads as the model says; a read error is a finding except
-    /// of the blocks in `lost`.
-    pub fn read_all(&mut self, lost: &BTreeSet<u64>) -> Vec<Finding> {
+    /// After a write settled: its content, as it reads, is what may be; the
+    /// model learns that. One that failed may have been done in part.
+    pub fn learn(&mut self, write: &Write, failed: bool) -> Vec<Finding> {
+        if write.is_known() && !failed {
+            self.model.apply(write);
+            return Vec::new();
+        }
         let mut findings = Vec::new();
-        let blocks = self.size() / BLOCK as u64;
-        let step = 16;
-        for first in (0..blocks).step_by(step) {
-            let count = (step as u64).min(blocks - first);
-            let same = |world: &mut Self, first: u64, count: u64| {
-                let found = world.read(first * BLOCK as u64, count as usize * BLOCK)?;
-                let mut want = vec![0; found.len()];
-                world.model.read(first * BLOCK as u64, &mut want);
-                Ok::<bool, Error>(found == want)
+        for (block, found) in self.look_at(&write.blocks().collect()) {
+            let old = self.model.version(block);
+            let found = match found {
+                Ok(found) => found,
+                Err(error) => {
+                    findings.push(Finding::Content { block, why: error.to_string() });
+                    continue;
+                }
             };
-            if same(self, first, count) == Ok(true) {
-                continue;
-            }
-            for block in first..first + count {
-                let why = match same(self, block, 1) {
-                    Ok(true) => continue,
-                    Ok(false) => "reads as something else".to_owned(),
-                    Err(_) if lost.contains(&block) => continue,
-                    Err(error) => error.to_string(),
-                };
-                findings.push(Finding::Content { block, why });
+            let fits = match failed && found == old {
+                true => Ok(()),
+                false => write.explains_version(block, &found, &old),
+            };
+            findings.extend(fits.err().map(|why| Finding::Content { block, why }));
+            if found != old {
+                self.model.settle(block, found, write.fua && !failed);
+            } else if write.fua && !failed {
+                self.model.settle(block, old, true);
             }
         }
+        if let Err(why) = write.explains_whole(&self.model)
+            && !failed
+        {
+            findings.push(Finding::Content { block: write.blocks().start, why });
+        }
         findings
+    }
+
+    /// Reads blocks; a lost one is `None`.
+    fn look_at(&mut self, blocks: &BTreeSet<u64>) -> BTreeMap<u64, Result<Version, Error>> {
+        let mut found = BTreeMap::new();
+        let mut left = blocks.iter().copied().peekable();
+        while let Some(first) = left.next() {
+            let mut end = first + 1;
+            while end < first + LOOK && left.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            if let Ok(bytes) = self.read(first * BLOCK as u64, (end - first) as usize * BLOCK) {
+                let versions = bytes.chunks_exact(BLOCK).map(|bytes| Ok(Some(block_of(bytes))));
+                found.extend((first..end).zip(versions));
+                continue;
+            }
+            for block in first..end {
+                let version = match self.read(block * BLOCK as u64, BLOCK) {
+                    Ok(bytes) => Ok(Some(block_of(&bytes))),
+                    Err(error) if error.kind == Kind::Lost => Ok(None),
+                    Err(error) => Err(error),
+                };
+                found.insert(block, version);
+            }
+        }
+        found
+    }
+
+    /// Everything reads as the model says; any read error is allowed of the
+    /// blocks in `lost`.
+    pub fn read_all(&mut self, lost: &BTreeSet<u64>) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for (block, found) in self.look_at(&(0..self.size() / BLOCK as u64).collect()) {
+            let why = match found {
+                Ok(found) if found == self.model.version(block) => continue,
+                Ok(None) | Err(_) if lost.contains(&block) => continue,
+                Ok(None) => Error { kind: Kind::Lost, ..self.error_at(block) }.to_string(),
+                Ok(Some(_)) if self.model.is_lost(block) => "is lost no more".to_owned(),
+                Ok(Some(_)) => "reads as something else".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            findings.push(Finding::Content { block, why });
+        }
+        findings
+    }
+
+    /// Everything reads as what was taken out of the members before.
+    pub fn compare(&mut self, extracted: &Extracted) -> Vec<Finding> {
+        let blocks = self.size() / BLOCK as u64;
+        if extracted.len() as u64 != self.size() {
+            let (len, size) = (extracted.len(), self.size());
+            return vec![Finding::Other(format!("extract: {len} bytes of an array of {size}"))];
+        }
+        let found = self.look_at(&(0..blocks).collect());
+        let differ = found.into_iter().filter_map(|(block, found)| {
+            let taken = extracted.version(block);
+            let why = match found {
+                Err(error) => error.to_string(),
+                Ok(found) if found == taken => return None,
+                Ok(found) => {
+                    let what = |version: &Version| if version.is_some() { "there" } else { "lost" };
+                    format!("extract: it is {}, on the array {}", what(&taken), what(&found))
+                }
+            };
+            Some(Finding::Content { block, why })
+        });
+        differ.collect()
+    }
+
+    fn error_at(&self, block: u64) -> Error {
+        let (op, device) = (stableio_block::OpName::Read, "sim".into());
+        Error { kind: Kind::Lost, op, device, at: block * BLOCK as u64, len: BLOCK as u64 }
     }
 
     /// Nothing is under way and nothing of it is left.
@@ -419,12 +778,63 @@ impl World {
         }
     }
 
-    /// The process dies (SIM-4); gives what is left of it.
-    pub fn crash(self) -> (Vec<Option<Image>>, Image, Random) {
-        let images = self.members.iter().map(|m| m.as_ref().map(|m| m.crash())).collect();
-        let Self { model, random, executor, .. } = self;
+    /// Prints what happens, if anybody wants to know.
+    pub(crate) fn tell(&self, what: impl FnOnce() -> String) {
+        if self.shape.trace {
+            eprintln!("{:6} {}", self.steps, what());
+        }
+    }
+
+    /// The world ends; gives what is left of it.
+    pub fn stop(mut self, stop: Stop) -> Remains {
+        self.note_replaced();
+        self.tell(|| format!("{stop:?}"));
+        self.note_stop(stop);
+        let g = self.array.superblock().geometry;
+        let atomic = self.shape.atomic as usize;
+        let (mut media, mut others) = (Vec::new(), Vec::new());
+        for (role, left) in std::mem::take(&mut self.left_out).into_iter().enumerate() {
+            let other = self.incoming[role].take().or(self.replaced[role].take());
+            let slots = [self.members[role].take(), other].into_iter().zip(left);
+            let mut left = slots.map(|(member, left)| match (member, left) {
+                (None, Some(mut medium)) if stop == Stop::Power => {
+                    medium.lose_power(BTreeMap::new(), atomic, &mut self.random);
+                    Some(medium)
+                }
+                (None, left) => left,
+                (Some(member), _) => {
+                    let wreck = match stop {
+                        Stop::Death => member.crash(),
+                        Stop::Power => member.lose_power(),
+                    };
+                    self.coverage.note_wreck(&wreck, |at| region(&g, at));
+                    Some(wreck.medium)
+                }
+            });
+            media.push(left.next().flatten());
+            others.push(left.next().flatten());
+        }
+        let Self { model, random, coverage, executor, .. } = self;
         drop(executor);
-        (images, model, random)
+        Remains { media, others, model, random, coverage }
+    }
+
+    fn note_stop(&mut self, stop: Stop) {
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let health = self.array.health();
+        let coverage = &mut self.coverage;
+        let rebuilding = self.incoming.iter().flatten().any(|member| !member.is_broken());
+        coverage.add(Event::CrashesInRebuild, u64::from(rebuilding));
+        let scrubbing = self.scrubbing && health.scrub.how_far().is_some();
+        coverage.add(Event::CrashesInScrubs, u64::from(scrubbing));
+        coverage.add(Event::PrivateRereads, read(&health.benign_mismatches));
+        coverage.add(Event::BlocksMended, read(&health.blocks_mended));
+        coverage.add(Event::RowsRecovered, read(&health.rows_recovered));
+        coverage.add(Event::LostBlocks, read(&health.blocks_lost));
+        coverage.note(match stop {
+            Stop::Death => Event::ProcessDeaths,
+            Stop::Power => Event::PowerFailures,
+        });
     }
 
     /// The process dies and the array is opened again.
@@ -434,33 +844,27 @@ impl World {
     /// When it does not open.
     pub fn crash_and_open(self) -> Result<Self, String> {
         let shape = self.shape.clone();
-        let (images, model, random) = self.crash();
-        Self::open(&shape, random, images, model)
+        Self::open(&shape, self.stop(Stop::Death), None)
     }
 
-    /// After a crash each block of a write that was under way is old or new;
-    /// lost where `may_be_lost`. The model learns which.
-    pub fn absorb_crash(&mut self, write: &Write, may_be_lost: bool) -> (Vec<Finding>, Vec<u64>) {
+    /// After a crash, and once the array is open again: what may have more
+    /// than one version is looked at; the model learns which it is. Gives the
+    /// blocks that are lost, too.
+    pub fn absorb_crash(&mut self, crash: &Crash) -> (Vec<Finding>, Vec<u64>) {
         let (mut findings, mut lost) = (Vec::new(), Vec::new());
-        for block in write.blocks() {
-            let found = match self.read(block * BLOCK as u64, BLOCK) {
+        for (block, found) in self.look_at(&self.model.at_risk(crash)) {
+            let found = match found {
                 Ok(found) => found,
                 Err(error) => {
-                    lost.push(block);
-                    if !may_be_lost {
-                        let why = format!("neither old nor new: {error}");
-                        findings.push(Finding::Content { block, why });
-                    }
+                    findings.push(Finding::Content { block, why: error.to_string() });
                     continue;
                 }
             };
-            let old = self.model.block(block);
-            if found != old[..]
-                && let Err(why) = write.explains(block, &found, old)
-            {
-                findings.push(Finding::Content { block, why: format!("not old, and: {why}") });
+            if let Err(why) = self.model.explains(crash, block, &found) {
+                findings.push(Finding::Content { block, why });
             }
-            self.model.set_block(block, &found);
+            lost.extend(found.is_none().then_some(block));
+            self.model.learn(crash, block, found);
         }
         (findings, lost)
     }
@@ -476,6 +880,38 @@ impl Flight {
     /// Gives the write back and keeps the ticket, unpolled.
     pub fn into_parts(self) -> (Write, Option<Ticket<Outcome>>) {
         (self.write, self.ticket)
+    }
+
+    /// Why it failed, where it was seen to.
+    pub fn error(&self) -> Option<&Error> {
+        self.outcome.as_ref()?.as_ref().err()
+    }
+
+    /// The same as a crash meets it, by what was seen of it so far.
+    pub fn into_pending(self) -> Pending {
+        let settled = matches!(self.outcome, Some(Ok(_)));
+        Pending { write: self.detach(), settled }
+    }
+}
+
+impl Coverage {
+    fn note_wreck(&mut self, wreck: &Wreck, region: impl Fn(u64) -> Region) {
+        for range in &wreck.under_way {
+            self.note(match region(range.start) {
+                Region::Superblock => Event::CrashesInSuperblockWrites,
+                Region::Log => Event::CrashesInLogWrites,
+                Region::Guards => Event::CrashesInGuardWrites,
+                Region::Data => Event::CrashesInDataWrites,
+            });
+        }
+        for number in &wreck.torn {
+            match region(number * BLOCK as u64) {
+                Region::Superblock => {}
+                Region::Log => self.note(Event::TornLogBlocks),
+                Region::Guards => self.note(Event::TornGuardBlocks),
+                Region::Data => self.note(Event::TornDataBlocks),
+            }
+        }
     }
 }
 

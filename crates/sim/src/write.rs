@@ -5,7 +5,8 @@ use std::sync::Arc;
 use stableio_block::{Body, Op, Request};
 use stableio_mem::{BLOCK, StableBuf};
 
-use crate::image::{Image, blocks_of};
+use crate::image::{blocks_of, zeros};
+use crate::model::{Model, Version};
 use crate::program::Source;
 
 /// A write, kept by the oracle.
@@ -26,6 +27,8 @@ pub enum Content {
     Racing(Source),
     /// Zeros, as many bytes.
     Zeros(usize),
+    /// Nothing: whole blocks that read as zeros afterwards, or as before.
+    Discard(usize),
 }
 
 impl Write {
@@ -44,12 +47,22 @@ impl Write {
         Self { at, content: Content::Zeros(len), fua: false }
     }
 
+    /// A discard of whole blocks.
+    ///
+    /// # Panics
+    ///
+    /// When they are not whole.
+    pub fn discard(at: u64, len: usize) -> Self {
+        assert!((at as usize | len).is_multiple_of(BLOCK), "{at}+{len} are no whole blocks");
+        Self { at, content: Content::Discard(len), fua: false }
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         match &self.content {
             Content::Ours(bytes) => bytes.len(),
             Content::Racing(source) => source.len(),
-            Content::Zeros(len) => *len,
+            Content::Zeros(len) | Content::Discard(len) => *len,
         }
     }
 
@@ -65,7 +78,11 @@ impl Write {
             Content::Racing(source) => Body::Foreign(source.handle()),
             Content::Zeros(len) => {
                 let op = Op::WriteZeroes { at: self.at, len: *len as u64, fua: self.fua };
-                return Request { op, memory: None };
+                return Request::of(op);
+            }
+            Content::Discard(len) => {
+                let op = Op::Discard { at: self.at, len: *len as u64 };
+                return Request::of(op);
             }
         };
         Request::write(self.at, body, self.fua)
@@ -74,6 +91,12 @@ impl Write {
     /// Numbers of the blocks that it touches.
     pub fn blocks(&self) -> std::ops::Range<u64> {
         self.at / BLOCK as u64..(self.at + self.len() as u64).div_ceil(BLOCK as u64)
+    }
+
+    /// Whether it writes a block wholly.
+    pub fn covers(&self, block: u64) -> bool {
+        let (start, end) = (block * BLOCK as u64, (block + 1) * BLOCK as u64);
+        self.at <= start && end <= self.at + self.len() as u64
     }
 
     /// Whether a block that was `old` may be `found` after it (CHECK-4 inside,
@@ -99,31 +122,67 @@ impl Write {
                 Some(at) => Err(format!("byte {at} is not zero")),
                 None => Ok(()),
             },
+            Content::Discard(_) if found.iter().all(|byte| *byte == 0) => Ok(()),
+            Content::Discard(_) => same(found, &old[range])
+                .map_err(|at| format!("byte {at} is neither what it was nor zero")),
         }
     }
 
-    /// The same for words that lie in two blocks, once all are in `image`.
+    /// The same of a block that may be lost (`None`) before and after: only
+    /// where it is wholly written it is not lost any more.
     ///
     /// # Errors
     ///
     /// What is wrong.
-    pub fn explains_whole(&self, image: &Image) -> Result<(), String> {
+    pub fn explains_version(
+        &self,
+        number: u64,
+        found: &Version,
+        old: &Version,
+    ) -> Result<(), String> {
+        match (found, old) {
+            (None, None) if matches!(self.content, Content::Discard(_)) => Ok(()),
+            (None, _) => Err("it is lost".to_owned()),
+            (Some(_), None) if !self.covers(number) => Err("it was lost".to_owned()),
+            (Some(found), old) => {
+                let old = old.clone().unwrap_or_else(zeros);
+                self.explains(number, &found[..], &old[..])
+            }
+        }
+    }
+
+    /// The same for words that lie in two blocks, once the model knows all.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong.
+    pub fn explains_whole(&self, model: &Model) -> Result<(), String> {
         let Content::Racing(source) = &self.content else { return Ok(()) };
         let mut found = vec![0; source.len()];
-        image.read(self.at, &mut found);
+        model.read(self.at, &mut found);
         source.explains(0, &found)
     }
 
-    /// Applies a write of known bytes.
+    /// Whether what it leaves is known without looking.
+    pub fn is_known(&self) -> bool {
+        matches!(self.content, Content::Ours(_) | Content::Zeros(_))
+    }
+
+    /// Applies a write of known bytes to a block.
     ///
     /// # Panics
     ///
-    /// When a program's memory is written: what it had is found afterwards.
-    pub fn apply(&self, to: &mut Image) {
+    /// Where only the members know what it left.
+    pub fn apply_to(&self, block: u64, bytes: &mut [u8; BLOCK]) {
+        let inside = blocks_of(self.at, self.len()).find(|(number, ..)| *number == block);
+        let Some((_, range, from)) = inside else { return };
         match &self.content {
-            Content::Ours(bytes) => to.write(self.at, bytes),
-            Content::Zeros(len) => to.write(self.at, &vec![0; *len]),
-            Content::Racing(_) => panic!("only the images know what was loaded"),
+            Content::Ours(new) => {
+                let len = range.len();
+                bytes[range].copy_from_slice(&new[from..from + len]);
+            }
+            Content::Zeros(_) => bytes[range].fill(0),
+            Content::Racing(_) | Content::Discard(_) => panic!("only the members know"),
         }
     }
 }

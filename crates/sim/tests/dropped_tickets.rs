@@ -111,14 +111,17 @@ fn twin_a_write_that_is_aborted_leaves_a_row_half_written() {
 /// The blocks, but for the log, in which a world differs after a write.
 fn changes_of_a_write(seed: u64) -> Changes {
     let mut world = world(seed);
+    // Tuples are on their pages whenever somebody checks.
+    drop(world.checker());
     let before: Vec<_> = world.members.iter().flatten().map(|m| m.live()).collect();
     let block = world.random.bytes(BLOCK);
     world.write(0, block);
+    drop(world.checker());
+    let guards_at = world.array.superblock().geometry.guards_at();
     let mut changes = Changes::new();
     for (role, member) in world.members.iter().flatten().enumerate() {
         let after = member.live();
-        let regions =
-            after.written().filter(|n| n * BLOCK as u64 >= stableio_array::geometry::GUARDS_AT);
+        let regions = after.written().filter(|n| n * BLOCK as u64 >= guards_at);
         for number in regions.filter(|n| after.block(*n) != before[role].block(*n)) {
             changes.push((role, number * BLOCK as u64, after.block(number).to_vec()));
         }

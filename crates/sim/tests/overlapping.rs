@@ -2,7 +2,7 @@
 //! neither redundancy nor guards: DEV-4, TOKEN-1, WRITE-2.
 
 use stableio_mem::BLOCK;
-use stableio_sim::{Image, Shape, World, Write};
+use stableio_sim::{Shape, World, Write};
 
 /// Writes that are under way at once.
 const AT_ONCE: usize = 3;
@@ -14,10 +14,9 @@ const ORDERS: [[usize; AT_ONCE]; 6] =
 /// Whether a block is what some order of the writes leaves.
 fn is_some_order(world: &World, writes: &[Write], block: u64, found: &[u8; BLOCK]) -> bool {
     ORDERS.iter().any(|order| {
-        let mut image = Image::default();
-        image.set_block(block, world.model.block(block));
-        order.iter().for_each(|i| writes[*i].apply(&mut image));
-        image.block(block) == found
+        let mut bytes = *world.model.block(block);
+        order.iter().for_each(|i| writes[*i].apply_to(block, &mut bytes));
+        bytes == *found
     })
 }
 

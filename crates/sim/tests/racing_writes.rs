@@ -3,7 +3,7 @@
 
 use stableio_mem::BLOCK;
 use stableio_sim::program::LARGEST;
-use stableio_sim::{Finding, Shape, World, Write};
+use stableio_sim::{Finding, Protection, Shape, World, Write};
 
 /// Writes from racing memory, one at a time; gives what the checker finds
 /// after each and at the end.
@@ -73,7 +73,7 @@ fn a_write_that_is_cut_stores_whole_words() {
 #[test]
 fn twin_memory_declared_stable_by_a_lie_breaks_guards_and_parity() {
     for (i, honest) in shapes().into_iter().enumerate() {
-        let shape = Shape { lie: true, ..honest };
+        let shape = Shape { without: Some(Protection::Stabilize), ..honest };
         let findings = race_blocks(&shape, 100 * i as u64);
         assert!(findings.iter().any(|f| matches!(f, Finding::Guard { .. })), "{shape:?}");
         let parity = findings.iter().any(|f| matches!(f, Finding::Parity { .. }));
@@ -100,7 +100,7 @@ fn race_blocks(shape: &Shape, seed: u64) -> Vec<Finding> {
 /// column races; then the member of *another* column is lost, and its blocks
 /// are what the parity says.
 fn neighbours_after_the_loss_of_another_member(lie: bool, seed: u64) -> Vec<Finding> {
-    let shape = Shape { lie, ..Shape::raid5(3) };
+    let shape = Shape { without: lie.then_some(Protection::Stabilize), ..Shape::raid5(3) };
     let mut world = World::new(&shape, seed);
     let chunk = shape.chunk as usize;
     world.fill(0..2 * chunk as u64);

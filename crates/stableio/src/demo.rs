@@ -23,6 +23,8 @@ pub(crate) fn torture(args: TortureArgs) -> Result<ExitCode> {
         members: args.members,
         until,
         unprotected: args.unprotected,
+        faults: args.faults,
+        seed: args.seed,
         dir: args.dir,
         ..TortureOptions::default()
     };
@@ -75,6 +77,8 @@ fn serve_demo(dir: &Path) -> Result<ExitCode> {
             member_size: Some(MEMBER_SIZE),
             members,
             force: false,
+            log: true,
+            atomic_unit: None,
         })?;
         println!("made the array 'demo' in {}", dir.display());
     }

@@ -16,18 +16,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use stableio_array::array::ArrayOptions;
 use stableio_array::superblock::BadSuperblock;
-use stableio_array::{Array, AssembleError, Assembly, Health, OpenError, Superblock};
+use stableio_array::{Array, AssembleError, Assembly, OpenError, Superblock};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
-use stableio_block::{Device, Radius, Stack, Worker};
+use stableio_block::{Device, Issuer, Radius, Stack, Worker};
 use stableio_front::nbd::{Export, NbdServer};
 use stableio_front::socket::{Listener, SocketError};
 use stableio_front::vhost_user_blk::{self, VhostUserBlk};
 use stableio_mem::{Bytes, Grant, Pool};
 
 use crate::export::{Address, ExportSpec, Protocol, hints};
-use crate::status::{self, Served};
-use crate::{ServeArgs, members};
+use crate::metrics::Opened;
+use crate::report::{Served, ServedArray};
+use crate::{ReadsArg, ServeArgs, control, members};
 
 /// The least memory that every shape of request fits into.
 const LEAST_POOL: u64 = 16 << 20;
@@ -41,7 +42,6 @@ struct Source {
     name: String,
     device: Arc<dyn Device>,
     traffic: Arc<Traffic>,
-    health: Option<Arc<Health>>,
     superblock: Option<Superblock>,
     array: Option<Array>,
     notes: Vec<String>,
@@ -49,7 +49,7 @@ struct Source {
 
 /// A running export.
 enum Running {
-    Nbd(NbdServer),
+    Nbd { server: NbdServer, issuers: Vec<Arc<Issuer>> },
     Vhost { server: VhostUserBlk, _socket: Listener },
 }
 
@@ -62,6 +62,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     let plan = Plan::of(&args)?;
     let names = names(&args.exports, &plan.name())?;
     let listeners = listeners(&args.exports)?;
+    let metrics = args.metrics.as_ref().map(Opened::of).transpose()?;
     let worker = Worker::start("stableio-0").context("start a worker (io_uring)")?;
     let source = match &plan {
         Plan::Raw(path) => open_raw(path, plan.name(), &args, &worker)?,
@@ -70,20 +71,28 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     for note in &source.notes {
         eprintln!("stableio: {note}");
     }
-    if let Some(health) = &source.health {
-        health.observe(|event| eprintln!("stableio: {event}"));
+    if let Some(array) = &source.array {
+        array.health().observe(|event| eprintln!("stableio: {event}"));
     }
     let pool = Pool::new(args.pool.0 as usize).context("reserve the buffer pool")?;
-    let stack =
+    let mut stack =
         Stack::new(&source.name, source.device.clone(), pool.clone(), worker.handle().clone())
             .with_traffic(source.traffic.clone());
+    if args.reads == ReadsArg::Eager {
+        stack = stack.with_eager_reads();
+    }
     let running = start(&args.exports, &names, listeners, &stack, &worker)?;
 
-    let served = Served {
+    let served = Arc::new(Served {
         name: source.name.clone(),
         started: Instant::now(),
-        superblock: source.superblock.clone(),
-        health: source.health.clone(),
+        array: source.array.as_ref().map(|array| ServedArray {
+            superblock: array.superblock().clone(),
+            health: array.health().clone(),
+            device: array.device().clone(),
+            worker: worker.handle().clone(),
+        }),
+        issuers: running.iter().flat_map(Running::issuers).cloned().collect(),
         traffic: source.traffic.clone(),
         pool,
         size: stack.limits().size,
@@ -93,19 +102,20 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
             .zip(&names)
             .flat_map(|(spec, name)| hints(spec, name))
             .collect(),
-    };
-    let control = status::Server::start(served);
+    });
+    let control = control::Server::start(served.clone());
     if let Err(error) = &control {
         eprintln!("stableio: status will not be answered: {error:#}");
     }
+    let metrics = metrics.map(|metrics| metrics.start(served)).transpose()?;
     announce(&source, &args.exports, &names);
 
     let signal = signals.wait();
     eprintln!("stableio: {signal}: letting requests settle, then flushing");
-    drop(control);
+    drop((control, metrics));
     for export in running {
         match export {
-            Running::Nbd(server) => server.stop(),
+            Running::Nbd { server, .. } => server.stop(),
             Running::Vhost { server, .. } => server.stop(),
         }
     }
@@ -116,14 +126,15 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
 
 /// What to serve, checked without opening anything for writing.
 enum Plan {
-    Array(Assembly),
+    Array(Box<Assembly>),
     Raw(PathBuf),
 }
 
 impl Plan {
     fn of(args: &ServeArgs) -> Result<Self> {
         let Some(path) = &args.raw else {
-            return Ok(Plan::Array(members::plan(&args.members, args.trust_member.as_deref())?));
+            let assembly = members::plan(&args.members, args.trust_member.as_deref())?;
+            return Ok(Plan::Array(Box::new(assembly)));
         };
         match stableio_array::probe(path) {
             Ok(_) => {
@@ -158,18 +169,20 @@ impl Plan {
 }
 
 fn open_array(assembly: &Assembly, args: &ServeArgs, worker: &Worker) -> Result<Source> {
-    let options = ArrayOptions { page_cache: args.tuple_cache.0 as usize };
+    let options = ArrayOptions {
+        page_cache: args.tuple_cache.0 as usize,
+        patience: (args.patience > 0).then_some(args.patience),
+        ..ArrayOptions::default()
+    };
     let open = || Array::open(assembly, options, worker.handle());
     let in_use = |error: &OpenError| matches!(error, OpenError::Assemble(AssembleError::InUse(_)));
     let array = patiently(open, in_use)?;
     let mut notes = array.notes().to_vec();
     notes.extend(array.health().events());
-    notes.push("experimental format, do not keep your only copy here".to_owned());
     Ok(Source {
         name: array.superblock().name.clone(),
         device: array.device().clone(),
         traffic: array.traffic().clone(),
-        health: Some(array.health().clone()),
         superblock: Some(array.superblock().clone()),
         array: Some(array),
         notes,
@@ -198,15 +211,7 @@ fn open_raw(path: &Path, name: String, args: &ServeArgs, worker: &Worker) -> Res
     let mut notes = device.notes().to_vec();
     notes.push(foreign_memory(&device));
     let traffic = Arc::default();
-    Ok(Source {
-        name,
-        device: Arc::new(device),
-        traffic,
-        health: None,
-        superblock: None,
-        array: None,
-        notes,
-    })
+    Ok(Source { name, device: Arc::new(device), traffic, superblock: None, array: None, notes })
 }
 
 /// What becomes of a guest's memory, and why (FILE-1).
@@ -290,11 +295,13 @@ fn start(
         let Some(listener) = listener else { continue };
         match &spec.protocol {
             Protocol::Nbd => {
-                let mut shared = Vec::new();
+                let (mut shared, mut issuers) = (Vec::new(), Vec::new());
                 for (other, name) in
                     exports.iter().zip(names).filter(|(e, _)| e.address == spec.address)
                 {
-                    let export = Export::of(name, stack.clone())?;
+                    let stack = issued(stack, "nbd", name);
+                    issuers.push(stack.issuer().clone());
+                    let export = Export::of(name, stack)?;
                     let export = if other.read_only {
                         export.with(|info| Ok(info.with_read_only()))?
                     } else {
@@ -304,17 +311,14 @@ fn start(
                 }
                 let options =
                     stableio_front::nbd::Options { log: log.clone(), ..Default::default() };
-                running.push(Running::Nbd(NbdServer::start(
-                    shared,
-                    listener,
-                    worker.handle(),
-                    options,
-                )));
+                let server = NbdServer::start(shared, listener, worker.handle(), options);
+                running.push(Running::Nbd { server, issuers });
             }
             Protocol::VhostUserBlk { queues, stable } => {
+                let stack = issued(stack, "vhost-user-blk", name);
                 let stack = match stable {
-                    true => stack.clone().with_grant(Grant::by_administrator()),
-                    false => stack.clone(),
+                    true => stack.with_grant(Grant::by_administrator()),
+                    false => stack,
                 };
                 let options = vhost_user_blk::Options {
                     serial: name.clone(),
@@ -330,6 +334,20 @@ fn start(
         }
     }
     Ok(running)
+}
+
+/// The same stack for an export, which is told apart by this name.
+fn issued(stack: &Stack, kind: &str, name: &str) -> Stack {
+    stack.for_issuer(Arc::new(Issuer::new(format!("{kind} {name}"))))
+}
+
+impl Running {
+    fn issuers(&self) -> &[Arc<Issuer>] {
+        match self {
+            Running::Nbd { issuers, .. } => issuers,
+            Running::Vhost { server, .. } => server.issuers(),
+        }
+    }
 }
 
 fn announce(source: &Source, exports: &[ExportSpec], names: &[String]) {
@@ -398,5 +416,8 @@ pub(crate) fn demo_args(members: Vec<PathBuf>, exports: Vec<ExportSpec>) -> Serv
         trust_member: None,
         pool: Bytes(64 << 20),
         tuple_cache: Bytes(32 << 20),
+        patience: 30,
+        reads: ReadsArg::Direct,
+        metrics: None,
     }
 }

@@ -7,8 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use serde_json::json;
+use stableio_array::geometry::LOG_AT;
 use stableio_array::{Probe, RoleState, Superblock, probe};
-use stableio_mem::Bytes;
+use stableio_mem::{BLOCK, Bytes};
 
 use crate::{members, table};
 
@@ -60,14 +61,18 @@ fn newest(probes: &[Probe]) -> &Superblock {
 }
 
 fn in_sync(newest: &Superblock, probe: &Probe) -> bool {
-    newest.roles[probe.superblock.role] == (probe.superblock.member, RoleState::InSync)
+    let role = &newest.roles[probe.superblock.role];
+    role.id == probe.superblock.member && role.state == RoleState::InSync
 }
 
 fn state(newest: &Superblock, here: usize) -> &'static str {
     let missing = newest.geometry.members - here;
-    match (missing, missing <= newest.geometry.level.redundancy(), newest.in_use) {
+    match (missing, missing <= newest.geometry.redundancy(), newest.in_use) {
         (0, _, false) => "complete",
         (0, _, true) => "in use, or not shut down",
+        (_, true, _) if missing < newest.geometry.redundancy() => {
+            "DEGRADED: can be served, has less redundancy"
+        }
         (_, true, _) => "DEGRADED: can be served, has no redundancy left",
         (_, false, _) => "INCOMPLETE: too few members here",
     }
@@ -97,25 +102,32 @@ pub(crate) fn examine(path: &Path, as_json: bool) -> Result<ExitCode> {
     let probe = probe(path)?;
     let sb = &probe.superblock;
     let g = sb.geometry;
+    let log_bytes = u64::from(g.log_blocks) * BLOCK as u64;
     let roles: Vec<_> = sb
         .roles
         .iter()
         .enumerate()
-        .map(|(role, (id, state))| json!({ "role": role, "id": id.to_string(), "state": state }))
+        .map(|(role, entry)| {
+            let next = entry.next.map(
+                |next| json!({ "id": next.id.to_string(), "zones": next.zones, "of": g.zones() }),
+            );
+            json!({ "role": role, "id": entry.id.to_string(), "state": entry.state, "filling": next })
+        })
         .collect();
     if as_json {
         let value = json!({
-            "path": probe.path, "format": 0, "name": sb.name, "array": sb.array.to_string(),
+            "path": probe.path, "format": 1, "name": sb.name, "array": sb.array.to_string(),
             "member": sb.member.to_string(), "role": sb.role, "level": g.level, "members": g.members,
             "chunk_bytes": g.chunk_bytes(), "size_bytes": g.size(), "member_size_bytes": g.member_size,
             "generation": sb.generation, "epoch": sb.epoch, "in_use": sb.in_use, "created": sb.created,
-            "log_at": stableio_array::geometry::LOG_AT, "guards_at": stableio_array::geometry::GUARDS_AT,
+            "log": sb.log, "atomic_unit_bytes": sb.atomic_unit, "scrub_zones": sb.scrub,
+            "log_at": LOG_AT, "log_bytes": log_bytes, "guards_at": g.guards_at(),
             "data_at": g.data_at(), "roles": roles, "bad_copies": probe.bad_copies,
         });
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = table::table([path.display().to_string().as_str(), "format 0, experimental"]);
+    let mut table = table::table([path.display().to_string().as_str(), "format 1"]);
     let mut row = |what: &str, value: String| {
         table.add_row([what, &value]);
     };
@@ -126,20 +138,26 @@ pub(crate) fn examine(path: &Path, as_json: bool) -> Result<ExitCode> {
     row("size", format!("{} of members of {}", Bytes(g.size()), Bytes(g.member_size)));
     row("generation", format!("{} (epoch {})", sb.generation, sb.epoch));
     row("shut down", if sb.in_use { "no: in use, or it crashed" } else { "yes" }.to_owned());
-    row(
-        "log",
-        format!(
-            "{} from byte {}",
-            Bytes(stableio_array::geometry::LOG_BLOCKS * 4096),
-            stableio_array::geometry::LOG_AT
-        ),
-    );
-    row("guards", format!("{} pages from byte {}", g.pages(), stableio_array::geometry::GUARDS_AT));
+    let log = match sb.log {
+        true => format!("{} from byte {LOG_AT}", Bytes(log_bytes)),
+        false => "off: a block in flight at a crash may be lost".to_owned(),
+    };
+    row("log", log);
+    row("atomic unit", format!("{}: not torn by power failure", Bytes(u64::from(sb.atomic_unit))));
+    row("guards", format!("{} pages from byte {}", g.pages(), g.guards_at()));
     row("data", format!("{} stripes from byte {}", g.stripes, g.data_at()));
-    for (role, (id, state)) in sb.roles.iter().enumerate() {
-        let state = if *state == RoleState::InSync { "in sync" } else { "MISSING" };
-        let this = if role == sb.role { " (this one)" } else { "" };
-        row(&format!("role {role}"), format!("{id} {state}{this}"));
+    if let Some(zones) = sb.scrub {
+        row("scrub", format!("{zones} of {} zones done", g.zones()));
+    }
+    for (role, entry) in sb.roles.iter().enumerate() {
+        let state = if entry.state == RoleState::InSync { "in sync" } else { "MISSING" };
+        let this = if entry.id == sb.member { " (this one)" } else { "" };
+        row(&format!("role {role}"), format!("{} {state}{this}", entry.id));
+        if let Some(next) = entry.next.filter(|next| next.id != entry.id) {
+            let this = if next.id == sb.member { " (this one)" } else { "" };
+            let percent = next.zones * 100 / g.zones().max(1);
+            row(&format!("role {role}"), format!("{} filling {percent} %{this}", next.id));
+        }
     }
     for copy in &probe.bad_copies {
         row(

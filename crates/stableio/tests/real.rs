@@ -59,7 +59,7 @@ fn an_image_is_the_same_after_a_restart() -> io::Result<()> {
     let server = filled.array.serve()?;
     let copy = filled.compare("after a restart")?;
     let now = status(&filled.array.scratch)?;
-    assert_eq!(now["state"], "optimal");
+    assert_eq!(now["state"], "healthy");
     assert_eq!(damage(&now), [0, 0, 0], "a sound array has nothing to mend: {now:#}");
     assert!(server.terminate()?.status.success());
 

@@ -54,6 +54,15 @@ impl Mounted {
     /// `None` after [`skip`] where the host can not: not root, no loop devices, no `mkfs`, a kernel
     /// without the file system.
     pub fn on_loop(fs: &str, bytes: u64) -> io::Result<Option<Mounted>> {
+        Self::on_image(fs, bytes, scratch_dir()?)
+    }
+
+    /// The same with the image in memory (`/dev/shm`).
+    pub fn on_loop_in_memory(fs: &str, bytes: u64) -> io::Result<Option<Mounted>> {
+        Self::on_image(fs, bytes, TempDir::with_prefix_in("stableio-mount-", "/dev/shm")?)
+    }
+
+    fn on_image(fs: &str, bytes: u64, dir: TempDir) -> io::Result<Option<Mounted>> {
         let mkfs = format!("mkfs.{fs}");
         if !is_root() || !require_tools(&["losetup", &mkfs]) {
             return Ok(None);
@@ -62,7 +71,6 @@ impl Mounted {
             skip(&format!("this kernel has no {fs}"));
             return Ok(None);
         }
-        let dir = scratch_dir()?;
         let image = dir.path().join("image");
         File::create_new(&image)?.set_len(bytes)?;
         let device = match Device::on_file(&image) {

@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::error::OpName;
 use crate::exec::{Handle, Ticket};
 use crate::limits::Limits;
-use crate::request::Request;
+use crate::request::{Op, Request};
 use crate::{Outcome, exec, ring};
 
 /// What each operation takes longer.
@@ -18,7 +18,7 @@ pub struct Delays {
     pub read: Duration,
     /// Writes, of zeros too, and discards.
     pub write: Duration,
-    /// Flushes. What FUA costs beside the write is not added.
+    /// Flushes; added to a write with FUA.
     pub flush: Duration,
 }
 
@@ -65,7 +65,10 @@ impl Device for DelayDevice {
     }
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
-        let delay = self.delays.of(request.op.range().0);
+        let mut delay = self.delays.of(request.op.range().0);
+        if let Op::Write { fua: true, .. } | Op::WriteZeroes { fua: true, .. } = request.op {
+            delay += self.delays.flush;
+        }
         if delay.is_zero() {
             return self.inner.submit(request);
         }

@@ -254,7 +254,7 @@ impl Inner {
 
     /// A read or write of a file in memory, by this thread.
     fn copy(&self, request: Request) -> Result<Reply, Kind> {
-        let Request { op, memory } = request;
+        let Request { op, memory, .. } = request;
         match op {
             Op::Read { at, into } => match into {
                 Into::Segments(list) => self.copy_out(list, at),
@@ -286,7 +286,7 @@ impl Inner {
     }
 
     async fn run(&self, request: Request, handed: Option<HandedOver>) -> Result<Reply, Kind> {
-        let Request { op, memory } = request;
+        let Request { op, memory, .. } = request;
         match op {
             Op::Read { at, into } => match into {
                 Into::Segments(list) => self.read(list, at, handed).await.map(|()| Reply::Done),
@@ -586,6 +586,12 @@ fn atomic(file: &File, is_block: bool, physical: Option<u32>) -> u32 {
     }
 }
 
+/// The [`Limits::atomic`] that a device on this file would have.
+pub fn atomic_unit(file: &File) -> u32 {
+    let is_block = file.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
+    Under::of(file, is_block, true).atomic
+}
+
 fn radius(inspected: stableio_inspect::Radius) -> Radius {
     match inspected {
         stableio_inspect::Radius::Nobody => Radius::Nobody,
@@ -698,17 +704,15 @@ mod tests {
                 let from = (at - (1 << 20)) as usize;
                 assert_eq!(got.to_vec(), data[from..from + len]);
             }
-            let Reply::Map(map) = stack
-                .submit(Request { op: Op::Map { at: 0, len: 8 << 20 }, memory: None })
-                .wait()
-                .unwrap()
+            let Reply::Map(map) =
+                stack.submit(Request::of(Op::Map { at: 0, len: 8 << 20 })).wait().unwrap()
             else {
                 panic!()
             };
             assert_eq!(map.iter().map(|e| e.len).sum::<u64>(), 8 << 20);
             assert!(!map[0].data && map[1].data, "{map:?}");
             let zero = Op::WriteZeroes { at: (1 << 20) + 512, len: 8192, fua: true };
-            stack.submit(Request { op: zero, memory: None }).wait().unwrap();
+            stack.submit(Request::of(zero)).wait().unwrap();
             let Reply::Data(got) =
                 stack.submit(Request::read_owned(1 << 20, 12288)).wait().unwrap()
             else {

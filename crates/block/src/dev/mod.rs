@@ -10,6 +10,6 @@ mod ram;
 pub use delay::{DelayDevice, Delays};
 pub use fault::{FaultDevice, Faults};
 pub(crate) use file::has_handed_over;
-pub use file::{FileDevice, OpenOptions, lock, size};
+pub use file::{FileDevice, OpenOptions, atomic_unit, lock, size};
 pub use null::NullDevice;
 pub use ram::RamDevice;

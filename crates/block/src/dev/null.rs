@@ -46,7 +46,7 @@ impl Device for NullDevice {
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
         self.worker.spawn(move || async move {
-            let Request { op, memory } = request;
+            let Request { op, memory, .. } = request;
             match op {
                 Op::Read { into: Into::Pool(len), at } => {
                     let Some(mut memory) = memory else {

@@ -73,7 +73,7 @@ impl Device for RamDevice {
 
 impl Disk {
     fn run(&self, request: Request) -> Result<Reply, Kind> {
-        let Request { op, memory } = request;
+        let Request { op, memory, .. } = request;
         let (name, at, len) = op.range();
         if !matches!(name, OpName::Flush)
             && at.checked_add(len).is_none_or(|end| end > self.len as u64)

@@ -193,7 +193,7 @@ impl Session {
     async fn block_status(&self, cookie: Cookie, span: Span, one: bool) -> Result<(), Ended> {
         let charge = self.link().charge(0).await?;
         let op = Op::Map { at: span.offset(), len: span.len().into() };
-        let ticket = self.stack.submit(Request { op, memory: None });
+        let ticket = self.stack.submit(Request::of(op));
         let answer = self.answer(cookie, 1);
         drop(exec::spawn(async move { answer.status(span, one, ticket.await, charge) }));
         Ok(())
@@ -226,14 +226,14 @@ async fn flush(stack: Stack) -> Result<(), Error> {
 
 async fn trim(stack: Stack, span: Span, fua: bool) -> Result<(), Error> {
     let op = Op::Discard { at: span.offset(), len: span.len().into() };
-    stack.submit(Request { op, memory: None }).await?;
+    stack.submit(Request::of(op)).await?;
     if fua { flush(stack).await } else { Ok(()) }
 }
 
 async fn write_zeroes(stack: Stack, span: Span, fua: bool, no_hole: bool) -> Result<(), Error> {
     if !no_hole {
         let op = Op::WriteZeroes { at: span.offset(), len: span.len().into(), fua };
-        return stack.submit(Request { op, memory: None }).await.map(drop);
+        return stack.submit(Request::of(op)).await.map(drop);
     }
     // Congruent to the blocks that they go to, so that nothing is copied.
     for (at, len) in pieces(span, ZEROS.0.len()) {

@@ -90,6 +90,7 @@ pub(super) struct Chain {
 
 /// What a chain asks for.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
 pub(super) enum Command {
     /// To do all of these; a discard or write-zeroes request has several.
     Ops(SmallVec<[Op; 1]>),

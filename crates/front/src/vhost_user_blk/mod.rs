@@ -39,7 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use stableio_block::Stack;
+use stableio_block::{Issuer, Stack};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 #[doc(hidden)]
@@ -72,6 +72,7 @@ pub struct Options {
 /// One front end is served at a time; others wait in the socket's backlog.
 pub struct VhostUserBlk {
     shared: Arc<Shared>,
+    issuers: Vec<Arc<Issuer>>,
     control: Option<JoinHandle<()>>,
 }
 
@@ -85,6 +86,7 @@ impl VhostUserBlk {
     /// no thread or no descriptor left.
     pub fn start(listener: UnixListener, stack: Stack, options: Options) -> io::Result<Self> {
         let device = Arc::new(Device::new(stack, options)?);
+        let issuers = device.stacks.iter().map(|stack| stack.issuer().clone()).collect();
         listener.set_nonblocking(true)?;
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
@@ -97,7 +99,12 @@ impl VhostUserBlk {
                 .name("vhost-user-blk".into())
                 .spawn(move || shared.serve(&listener, &device))?
         };
-        Ok(Self { shared, control: Some(control) })
+        Ok(Self { shared, issuers, control: Some(control) })
+    }
+
+    /// The queues as sources of requests, in order.
+    pub fn issuers(&self) -> &[Arc<Issuer>] {
+        &self.issuers
     }
 
     /// Whether a front end is connected.
@@ -123,7 +130,8 @@ impl Drop for VhostUserBlk {
 
 /// What all connections of an export have in common.
 struct Device {
-    stack: Stack,
+    /// By queue: each is a source of requests of its own.
+    stacks: Vec<Stack>,
     id: [u8; ID_BYTES],
     queues: u16,
     queue_size: u16,
@@ -140,7 +148,11 @@ impl Device {
         }
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        Ok(Self { stack, id, queues, queue_size, read_only, log })
+        let name = stack.issuer().name();
+        let stacks = (0..queues)
+            .map(|queue| stack.for_issuer(Arc::new(Issuer::new(format!("{name}, queue {queue}")))))
+            .collect();
+        Ok(Self { stacks, id, queues, queue_size, read_only, log })
     }
 }
 

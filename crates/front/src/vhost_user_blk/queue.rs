@@ -279,7 +279,7 @@ impl Live {
                 self.settle(head, status, answer, writable);
             }
             Ok(Command::Ops(ops)) => {
-                let submit = |op| self.stack.submit(Request { op, memory: None });
+                let submit = |op| self.stack.submit(Request::of(op));
                 let mut tickets: SmallVec<[_; 1]> = ops.into_iter().map(submit).collect();
                 if tickets.len() == 1 {
                     match tickets.remove(0).now() {

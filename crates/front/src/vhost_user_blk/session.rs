@@ -118,7 +118,7 @@ impl Session {
             call: vring.call.clone(),
             terms: self.features.terms(self.device.read_only),
             id: self.device.id,
-            stack: self.device.stack.clone(),
+            stack: self.device.stacks[index].clone(),
             broken: self.on_broken(index, vring.error.clone()),
         };
         self.vrings[index].running = Some(Running::start(setup));
@@ -305,7 +305,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let limits = self.device.stack.limits();
+        let limits = self.device.stacks[0].limits();
         let space = ConfigSpace::of(limits, self.device.queues);
         space.range(offset, size).map(<[u8]>::to_vec).ok_or(Error::InvalidParam)
     }

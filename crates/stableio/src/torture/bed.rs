@@ -3,13 +3,14 @@
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use stableio_array::array::ArrayOptions;
-use stableio_array::geometry::{GUARDS_AT, Geometry};
-use stableio_array::{Array, CreateOptions, Level, assemble, create, probe};
-use stableio_block::{Stack, Worker};
+use stableio_array::geometry::Geometry;
+use stableio_array::{Array, Assembly, Attached, CreateOptions, Level, assemble, create, probe};
+use stableio_block::dev::{FaultDevice, Faults, FileDevice, OpenOptions};
+use stableio_block::{Device, Stack, Worker};
 use stableio_front::vhost_user_blk::{Options as ExportOptions, VhostUserBlk};
 use stableio_mem::{Grant, Pool};
 use stableio_testkit::vhost::Guest;
@@ -34,6 +35,8 @@ pub(super) struct Bed {
     array: Array,
     pub(super) geometry: Geometry,
     pub(super) members: Vec<PathBuf>,
+    /// Of the first member.
+    faults: Option<Arc<Faults>>,
     worker: Worker,
     dir: TempDir,
 }
@@ -41,6 +44,8 @@ pub(super) struct Bed {
 /// The members of a closed array, until they are removed.
 pub(super) struct Members {
     paths: Vec<PathBuf>,
+    /// The member with faults.
+    pub(super) faulty: Option<usize>,
     _dir: TempDir,
 }
 
@@ -59,10 +64,12 @@ impl Bed {
         let worker = Worker::start("torture").context("cannot start a worker")?;
         let probes: Result<Vec<_>, _> = members.iter().map(|member| probe(member)).collect();
         let assembly = assemble(&probes?, None)?;
-        let array = Array::open(&assembly, ArrayOptions::default(), worker.handle())?;
+        let faults = faults(options)?;
+        let array = open(&assembly, faults.as_ref(), &worker)?;
         let pool = Pool::new(POOL)?;
         let mut stack =
-            Stack::new("torture", array.device().clone(), pool, worker.handle().clone());
+            Stack::new("torture", array.device().clone(), pool, worker.handle().clone())
+                .with_traffic(array.traffic().clone());
         if options.unprotected {
             stack = stack.with_grant(Grant::by_administrator());
         }
@@ -83,36 +90,130 @@ impl Bed {
         let guest = Guest::connect(&socket, 1, DEPTH * BUFFER)
             .with_context(|| format!("cannot connect to {}", socket.display()))?;
         let geometry = array.superblock().geometry;
-        Ok(Self { guest, export, stack, array, geometry, members, worker, dir })
+        Ok(Self { guest, export, stack, array, geometry, members, faults, worker, dir })
     }
 
-    /// Blocks and tuples that the array itself found to be wrong so far.
+    /// Blocks and tuples that the array itself found to be wrong so far; with
+    /// injected faults that is what it is to do.
     pub(super) fn mended(&self) -> u64 {
         let health = self.array.health();
-        let mismatches = health.members.iter().map(|m| m.mismatches.load(Ordering::Relaxed));
-        mismatches.sum::<u64>() + health.tuples_mended.load(Ordering::Relaxed)
+        if self.faults.is_some() {
+            return 0;
+        }
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mismatches: u64 = health.members.iter().map(|m| get(&m.mismatches)).sum();
+        // A block that was mended was charged to a member, too.
+        mismatches.max(get(&health.blocks_mended)) + get(&health.tuples_mended)
+    }
+
+    /// What was charged to members that have no faults, and what was lost.
+    pub(super) fn charged(&self) -> u64 {
+        let health = self.array.health();
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut charged = get(&health.blocks_lost);
+        for (role, member) in health.members.iter().enumerate() {
+            if Some(role) == self.faulty() {
+                continue;
+            }
+            charged += get(&member.read_errors) + get(&member.write_errors);
+            charged += u64::from(!member.in_sync.load(Ordering::Relaxed));
+            if self.faults.is_some() {
+                charged += get(&member.mismatches);
+            }
+        }
+        charged
+    }
+
+    /// The directory that it all lies in.
+    pub(super) fn place(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The member with faults.
+    pub(super) fn faulty(&self) -> Option<usize> {
+        self.faults.as_ref().map(|_| 0)
+    }
+
+    /// What the injected faults hit.
+    pub(super) fn faults_hit(&self) -> Option<String> {
+        let faults = self.faults.as_ref()?;
+        let out = !self.array.health().members[0].in_sync.load(Ordering::Relaxed);
+        Some(format!("{}{}", faults.hits(), if out { "; it was left out" } else { "" }))
+    }
+
+    /// Brings all that the array knows to its members, for who looks there.
+    pub(super) fn settle(&self) -> anyhow::Result<()> {
+        crate::control::settled(self.array.device().checkpoint())
     }
 
     /// Closes everything; leaves the members.
     pub(super) fn close(self) -> anyhow::Result<Members> {
-        let Self { guest, export, stack, array, geometry: _, members: paths, worker, dir } = self;
+        let faulty = self.faulty();
+        let Self { guest, export, stack, array, geometry: _, members: paths, faults, worker, dir } =
+            self;
+        if let Some(faults) = faults {
+            faults.clear();
+        }
         drop(guest);
         export.stop();
         drop(stack);
         array.close().context("cannot close the array")?;
         drop(worker);
-        Ok(Members { paths, _dir: dir })
+        Ok(Members { paths, faulty, _dir: dir })
     }
 }
 
+/// The rules of `--faults`.
+fn faults(options: &TortureOptions) -> anyhow::Result<Option<Arc<Faults>>> {
+    let Some(spec) = &options.faults else { return Ok(None) };
+    if options.level == Level::Single {
+        bail!("--faults: a single member has nobody who makes up for its faults: choose a --level");
+    }
+    Ok(Some(Faults::parse(spec, options.seed)?))
+}
+
+/// Opens the members, the first of them with faults.
+fn open(
+    assembly: &Assembly,
+    faults: Option<&Arc<Faults>>,
+    worker: &Worker,
+) -> anyhow::Result<Array> {
+    let mut attached = Vec::new();
+    for (role, path) in assembly.members.iter().enumerate() {
+        let path = path.as_ref().context("an array was just made of all its members")?;
+        let handle = worker.handle().clone();
+        let file = FileDevice::open(path, &OpenOptions::default(), handle.clone())?;
+        let device: Arc<dyn Device> = match faults.filter(|_| role == 0) {
+            Some(faults) => Arc::new(FaultDevice::new(Arc::new(file), faults.clone(), handle)),
+            None => Arc::new(file),
+        };
+        attached.push(Attached {
+            name: path.display().to_string(),
+            device: Some(device),
+            incoming: None,
+        });
+    }
+    // One that stalls is waited for, but not for ever.
+    let patience = faults.map(|_| 5);
+    let options = ArrayOptions { patience, ..ArrayOptions::default() };
+    Ok(Array::over(assembly, attached, options, worker.handle())?)
+}
+
 fn make_members(options: &TortureOptions, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let least = *options.level.members().start();
+    let least = match options.level {
+        // With one column there would be no sums to speak of.
+        Level::Raid6 => 5,
+        level => *level.members().start(),
+    };
     let count = options.members.unwrap_or(least);
-    let columns = count.saturating_sub(options.level.redundancy()).max(1) as u64;
-    // Beside the data: superblocks, log, and tuples, of at most 32 bytes a
-    // block and column.
+    let columns = match options.level {
+        Level::Single | Level::Raid1 => 1,
+        level => count.saturating_sub(level.parities()).max(1) as u64,
+    };
+    // Beside the data: superblocks, a log of a sixty-fourth, and tuples, of
+    // at most 64 bytes a block and column.
     let data = (options.size / columns).next_multiple_of(CHUNK);
-    let member_size = data + GUARDS_AT + data / 128 * columns + (1 << 20);
+    let member_size = data + data / 32 + data / 64 * columns + (2 << 20);
     let paths: Vec<PathBuf> = (0..count).map(|i| dir.join(format!("member-{i}"))).collect();
     create(&CreateOptions {
         name: "torture".into(),
@@ -121,6 +222,8 @@ fn make_members(options: &TortureOptions, dir: &Path) -> anyhow::Result<Vec<Path
         member_size: Some(member_size),
         members: paths.clone(),
         force: false,
+        log: true,
+        atomic_unit: None,
     })?;
     Ok(paths)
 }
@@ -143,6 +246,6 @@ fn scratch(dir: Option<&Path>) -> anyhow::Result<TempDir> {
 pub(super) fn describe(level: Level, members: usize) -> String {
     match level {
         Level::Single => level.name().to_owned(),
-        Level::Raid5 => format!("{} of {members}", level.name()),
+        Level::Raid1 | Level::Raid5 | Level::Raid6 => format!("{} of {members}", level.name()),
     }
 }

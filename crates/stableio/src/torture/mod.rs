@@ -14,7 +14,7 @@
 //! | `oracle.rs` | what the array must read as |
 //! | `report.rs` | the table, the exit code |
 //!
-//! A round writes all over the array, with what was there before left between
+//! A round writes all over the array, and reads some of it back into memory that changes on, with what was there before left between
 //! and beside the writes; then everything is at rest and is looked at: first
 //! the members' files, since reading through the array would mend what it
 //! finds, then the array.
@@ -41,10 +41,14 @@ mod writers;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use stableio_array::Level;
+use stableio_block::path::{Stage, Traffic};
 use stableio_mem::BLOCK;
 
 pub(crate) use report::{Progress, Report, print};
@@ -54,15 +58,19 @@ use bed::Bed;
 use oracle::Oracle;
 use plan::{Plan, Random};
 use program::Program;
-use writers::{Order, Ways, Write};
+use writers::{Done, Order, Ways, Write};
 
 /// What to do.
 #[derive(Debug, Clone)]
 pub(crate) struct TortureOptions {
     /// Redundancy of the array.
     pub(crate) level: Level,
-    /// Its members; `None` for three, or the one that the level takes.
+    /// Its members; `None` for the fewest that show all that the level does.
     pub(crate) members: Option<usize>,
+    /// Faults of the first member.
+    pub(crate) faults: Option<String>,
+    /// Seed of the faults.
+    pub(crate) seed: u64,
     /// When it has been enough.
     pub(crate) until: Until,
     /// Declare the memory stable, which is a lie: the twin that must fail.
@@ -93,6 +101,8 @@ impl Default for TortureOptions {
         Self {
             level: Level::Raid5,
             members: None,
+            faults: None,
+            seed: 1,
             until: Until::Elapsed(Duration::from_secs(10)),
             unprotected: false,
             dir: None,
@@ -112,6 +122,7 @@ pub(crate) fn run(
     progress: &mut dyn FnMut(&Progress<'_>),
 ) -> anyhow::Result<Report> {
     let mut bed = Bed::new(options)?;
+    let watch = Watch::start(bed.stack.traffic().clone(), bed.place().to_owned());
     let program = Program::new(&bed)?;
     let mut report = Report::new(options, bed.members.len());
     let mut oracle = Oracle::fill(&bed.stack).context("cannot fill the array")?;
@@ -130,8 +141,11 @@ pub(crate) fn run(
         Ok(())
     })?;
     // Once more what every round has looked at, from an array that is closed.
+    drop(watch);
+    report.charged = bed.charged();
+    report.faults_hit = bed.faults_hit();
     let members = bed.close()?;
-    let findings = audit::audit(&members)?;
+    let findings = audit::audit(&members, members.faulty)?;
     report.note_damage(&findings);
     report.elapsed = began.elapsed();
     Ok(report)
@@ -163,7 +177,7 @@ fn torture(
     };
     let mended = bed.mended();
     let start = Instant::now();
-    let writes = {
+    let Done { writes, reads } = {
         let (raced, done) = (report.raced, report.writes);
         let ways = Ways { stack: &bed.stack, queue: &mut bed.guest.queues()[0], program };
         ways.write(&order, &mut |now| {
@@ -179,16 +193,67 @@ fn torture(
     report.writing += start.elapsed();
 
     let _rest = program.rest();
-    let findings = audit::audit(&bed.members)?;
+    bed.settle()?;
+    let findings = audit::audit(&bed.members, bed.faulty())?;
     report.mended += bed.mended() - mended;
     let seen = oracle.look(&bed.stack, program, &writes)?;
     report.note_round(&writes, &findings, &seen, &bed.geometry);
+    report.note_reads(reads);
     // What a round has damaged must not be laid to the next one.
     let damaged: BTreeSet<u64> = findings
         .stripes(&bed.geometry)
         .chain(seen.unreadable.iter().map(|block| bed.geometry.place(*block).stripe))
         .collect();
     oracle.restore(&bed.stack, &bed.geometry, &damaged).context("cannot clear up the damage")
+}
+
+/// Sees that nothing settles any more: a request that nobody answers is the
+/// worst damage, and whoever waits for it never comes back to report it.
+struct Watch {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Longer than any fault lasts that a member is not left out for.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// Looks until it is dropped. `place` goes with a run that hangs.
+    fn start(traffic: Arc<Traffic>, place: PathBuf) -> Self {
+        let (stop, stopped) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let (mut last, mut since) = (0, Instant::now());
+            let second = Duration::from_secs(1);
+            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(second) {
+                let waiting = Stage::ALL.iter().map(|stage| (stage, traffic.waiting(*stage)));
+                let waiting: Vec<_> =
+                    waiting.filter(|(_, n)| *n > 0).map(|(s, n)| format!("{n} in {s:?}")).collect();
+                let now = traffic.settled_or_begun();
+                if now != last || waiting.is_empty() {
+                    (last, since) = (now, Instant::now());
+                }
+                if since.elapsed() < Self::PATIENCE {
+                    continue;
+                }
+                Progress::clear();
+                eprintln!("stableio: HANGS after {now} requests: {}", waiting.join(", "));
+                let _ = std::fs::remove_dir_all(&place);
+                // Threads that wait for these requests can not be ended in
+                // good order.
+                std::process::exit(1);
+            }
+        });
+        Self { stop: Some(stop), thread: Some(thread) }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// The blocks that a range of bytes touches.
@@ -228,7 +293,7 @@ mod tests {
 
     #[test]
     fn what_is_protected_is_not_damaged() {
-        for level in [Level::Raid5, Level::Single] {
+        for level in Level::ALL {
             let report = short(level, false);
             assert!(!report.is_damaged(), "{report:?}");
             assert_eq!(report.neighbours_exposed, 0, "{report:?}");

@@ -58,13 +58,13 @@ pub(super) struct Program {
     gate: RwLock<()>,
 }
 
-/// Memory of one write at a time.
+/// Memory of one request at a time.
 pub(super) struct Buffer {
     memory: Arc<SharedMemory>,
     /// Where it begins in the memory, in bytes.
     at: usize,
     tag: u8,
-    /// Whether it is being written.
+    /// Whether it is being written or read into.
     in_flight: AtomicBool,
     /// Batches that were stored. Follows `hand.count` once the words are
     /// there.
@@ -174,6 +174,12 @@ impl Buffer {
         self.publish(&mut hand, count);
         self.in_flight.store(true, Ordering::Relaxed);
         count
+    }
+
+    /// Lets the same memory be changed again. Gives the count so far.
+    pub(super) fn stay(&self) -> u64 {
+        self.in_flight.store(true, Ordering::Relaxed);
+        self.count()
     }
 
     /// The write is done: whatever happens to the memory now is late.

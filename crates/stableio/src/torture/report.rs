@@ -7,7 +7,7 @@ use stableio_array::Geometry;
 
 use super::audit::Findings;
 use super::oracle::Seen;
-use super::writers::Write;
+use super::writers::{Reads, Write};
 use super::{TortureOptions, Until, bed};
 
 /// What came of a run.
@@ -27,12 +27,23 @@ pub(crate) struct Report {
     pub(crate) damaged: u64,
     /// Writes that ended in an error.
     pub(crate) failed: u64,
+    /// Reads into memory that changes.
+    pub(crate) reads: u64,
+    /// Reads whose memory changed between submission and completion.
+    pub(crate) reads_raced: u64,
+    /// Reads that ended in an error.
+    pub(crate) reads_failed: u64,
     /// Blocks that do not match their guard or can not be read.
     pub(crate) bad_guards: u64,
     /// Blocks and tuples that the array found wrong, and mended, while it was
     /// written to.
     pub(crate) mended: u64,
-    /// Rows whose data does not XOR to their parity.
+    /// Members left out and blocks lost, and errors of members that have no
+    /// faults injected.
+    pub(crate) charged: u64,
+    /// What the injected faults hit.
+    pub(crate) faults_hit: Option<String>,
+    /// Rows whose data does not make their parity.
     pub(crate) bad_rows: u64,
     /// Words read back that the program never stored.
     pub(crate) strange_words: u64,
@@ -91,8 +102,13 @@ impl Report {
             raced: 0,
             damaged: 0,
             failed: 0,
+            reads: 0,
+            reads_raced: 0,
+            reads_failed: 0,
             bad_guards: 0,
             mended: 0,
+            charged: 0,
+            faults_hit: None,
             bad_rows: 0,
             strange_words: 0,
             neighbours_changed: 0,
@@ -137,6 +153,13 @@ impl Report {
         self.neighbours_exposed += exposed.len() as u64;
     }
 
+    /// Adds the reads of a round.
+    pub(super) fn note_reads(&mut self, reads: Reads) {
+        self.reads += reads.done;
+        self.reads_raced += reads.raced;
+        self.reads_failed += reads.failed;
+    }
+
     /// Adds what the members' files show.
     pub(super) fn note_damage(&mut self, findings: &Findings) {
         self.bad_guards += findings.bad_blocks.len() as u64;
@@ -147,8 +170,10 @@ impl Report {
     pub(crate) fn is_damaged(&self) -> bool {
         let signs = [
             self.failed,
+            self.reads_failed,
             self.bad_guards,
             self.mended,
+            self.charged,
             self.bad_rows,
             self.strange_words,
             self.neighbours_changed,
@@ -202,15 +227,26 @@ impl Report {
             if self.failed > 0 {
                 text += &format!("; {} writes failed", grouped(self.failed));
             }
+            if self.reads_failed > 0 {
+                text += &format!("; {} reads failed", grouped(self.reads_failed));
+            }
             if self.neighbours_exposed > 0 {
                 text += &format!(
                     "; {} blocks that nobody wrote to would be lost with their member",
                     grouped(self.neighbours_exposed)
                 );
             }
+            if self.charged > 0 {
+                text += &format!("; {} errors charged to members", grouped(self.charged));
+            }
             return text;
         }
-        let raced = format!("{:.1} % of the writes raced", percent(self.raced, self.writes));
+        let raced = format!(
+            "{:.1} % of the writes raced, {} of {} reads",
+            percent(self.raced, self.writes),
+            grouped(self.reads_raced),
+            grouped(self.reads)
+        );
         if self.is_vain() {
             return format!("{}: shows nothing: only {raced}", self.memory);
         }
@@ -235,7 +271,10 @@ pub(crate) fn print(reports: &[Report], json: bool) -> anyhow::Result<()> {
     table.add_rows(reports.iter().map(Report::row));
     writeln!(out, "{table}")?;
     for report in reports {
-        writeln!(out, "{}", report.verdict())?;
+        writeln!(out, "{}, {}", report.array, report.verdict())?;
+        if let Some(hit) = &report.faults_hit {
+            writeln!(out, "faults that hit the first member: {hit}")?;
+        }
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! The program's two ways in: the library, and a guest's virtqueue.
 //!
-//! Both keep [`DEPTH`] writes in flight, from one list.
+//! Both keep [`DEPTH`] writes in flight, from one list. Some that are done are read back at once,
+//! into the same memory, which changes on: what came can not be told from what the program stored
+//! since, but the read must succeed, and nothing be charged to a member for it.
 
 use std::io;
 use std::sync::Arc;
@@ -15,6 +17,9 @@ use stableio_testkit::vhost::{Command, Queue, Segment};
 
 use super::plan::{Lot, Pieces, Random, SEGMENTS, scatter};
 use super::program::{Buffer, DEPTH, Program};
+
+/// Of so many writes one is read back.
+const READ_ONE_OF: u64 = 4;
 
 /// What to write.
 pub(super) struct Order<'a> {
@@ -54,17 +59,40 @@ pub(super) struct Ways<'a> {
     pub(super) program: &'a Program,
 }
 
-/// A write that is over: buffer, how it ended, and the buffer's count by then.
+/// Reads back.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Reads {
+    pub(super) done: u64,
+    /// Those whose memory changed meanwhile.
+    pub(super) raced: u64,
+    pub(super) failed: u64,
+}
+
+/// What a way has done.
+#[derive(Default)]
+pub(super) struct Done {
+    pub(super) writes: Vec<Write>,
+    pub(super) reads: Reads,
+}
+
+/// A request that is over: buffer, how it ended, and the buffer's count by then.
 struct Landing {
     slot: usize,
     failed: bool,
     count: u64,
 }
 
-/// A way in. Takes writes, and tells when they are over.
+/// A way in. Takes requests, and tells when they are over.
 trait Way {
-    fn submit(&mut self, slot: usize, lot: Lot, pieces: &Pieces) -> io::Result<()>;
+    fn submit(&mut self, kind: Kind, slot: usize, lot: Lot, pieces: &Pieces) -> io::Result<()>;
     fn land(&mut self) -> io::Result<Landing>;
+}
+
+/// What a request is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Write,
+    Read,
 }
 
 /// What both writers share.
@@ -85,7 +113,7 @@ impl Ways<'_> {
         self,
         order: &Order<'_>,
         progress: &mut dyn FnMut(Pace),
-    ) -> io::Result<Vec<Write>> {
+    ) -> io::Result<Done> {
         let list = &List::new(order);
         let (done, all_done) = mpsc::channel::<()>();
         let Ways { stack, queue, program } = self;
@@ -107,10 +135,19 @@ impl Ways<'_> {
             let join = |thread: thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             };
-            let (mut writes, more): (Vec<Write>, Vec<Write>) = (join(library)?, join(guest)?);
-            writes.extend(more);
-            Ok(writes)
+            let (mut done, more): (Done, Done) = (join(library)?, join(guest)?);
+            done.writes.extend(more.writes);
+            done.reads.add(more.reads);
+            Ok(done)
         })
+    }
+}
+
+impl Reads {
+    fn add(&mut self, other: Reads) {
+        self.done += other.done;
+        self.raced += other.raced;
+        self.failed += other.failed;
     }
 }
 
@@ -139,9 +176,9 @@ impl<'a> List<'a> {
     }
 
     /// A writer: keeps all buffers in flight until the list is done.
-    fn work(&self, buffers: &[Buffer], way: &mut impl Way) -> io::Result<Vec<Write>> {
-        let mut writes = Vec::new();
-        let mut in_flight: Vec<Option<(Write, u64)>> = (0..DEPTH).map(|_| None).collect();
+    fn work(&self, buffers: &[Buffer], way: &mut impl Way) -> io::Result<Done> {
+        let mut done = Done::default();
+        let mut in_flight: Vec<Option<(Kind, Write, u64)>> = (0..DEPTH).map(|_| None).collect();
         let mut free: Vec<usize> = (0..DEPTH).collect();
         loop {
             while let Some(slot) = free.pop() {
@@ -153,22 +190,39 @@ impl<'a> List<'a> {
                 let pieces = scatter(lot.len, &mut Random::new(number));
                 let first = buffer.prepare(&pieces);
                 let before = buffer.count();
-                way.submit(slot, lot, &pieces)?;
+                way.submit(Kind::Write, slot, lot, &pieces)?;
                 let tag = buffer.tag();
                 let write = Write { lot, tag, pieces, first, raced: false, failed: false };
-                in_flight[slot] = Some((write, before));
+                in_flight[slot] = Some((Kind::Write, write, before));
             }
             if free.len() == DEPTH {
-                return Ok(writes);
+                return Ok(done);
             }
             let landing = way.land()?;
-            let (mut write, before) = in_flight[landing.slot].take().expect("it was in flight");
-            write.raced = landing.count != before;
-            write.failed = landing.failed;
-            self.writes.fetch_add(1, Ordering::Relaxed);
-            self.raced.fetch_add(u64::from(write.raced), Ordering::Relaxed);
-            writes.push(write);
-            free.push(landing.slot);
+            let slot = landing.slot;
+            let (kind, mut write, before) = in_flight[slot].take().expect("it was in flight");
+            let raced = landing.count != before;
+            if kind == Kind::Read {
+                done.reads.add(Reads {
+                    done: 1,
+                    raced: u64::from(raced),
+                    failed: u64::from(landing.failed),
+                });
+                done.writes.push(write);
+                free.push(slot);
+                continue;
+            }
+            (write.raced, write.failed) = (raced, landing.failed);
+            let writes = self.writes.fetch_add(1, Ordering::Relaxed);
+            self.raced.fetch_add(u64::from(raced), Ordering::Relaxed);
+            if writes.is_multiple_of(READ_ONE_OF) {
+                let before = buffers[slot].stay();
+                way.submit(Kind::Read, slot, write.lot, &write.pieces)?;
+                in_flight[slot] = Some((Kind::Read, write, before));
+                continue;
+            }
+            done.writes.push(write);
+            free.push(slot);
         }
     }
 }
@@ -189,9 +243,13 @@ impl<'a> Library<'a> {
 }
 
 impl Way for Library<'_> {
-    fn submit(&mut self, slot: usize, lot: Lot, pieces: &Pieces) -> io::Result<()> {
-        let body = Body::Foreign(self.buffers[slot].foreign(pieces));
-        let ticket = self.stack.submit(Request::write(lot.at, body, false));
+    fn submit(&mut self, kind: Kind, slot: usize, lot: Lot, pieces: &Pieces) -> io::Result<()> {
+        let memory = self.buffers[slot].foreign(pieces);
+        let request = match kind {
+            Kind::Write => Request::write(lot.at, Body::Foreign(memory), false),
+            Kind::Read => Request::read(lot.at, memory),
+        };
+        let ticket = self.stack.submit(request);
         let (buffers, landed) = (self.buffers.clone(), self.landed.clone());
         // The end is seen where it happens, not where a thread wakes up to
         // hear of it: a longer flight would only look like a braver one.
@@ -214,10 +272,14 @@ struct Guest<'a> {
 }
 
 impl Way for Guest<'_> {
-    fn submit(&mut self, slot: usize, lot: Lot, pieces: &Pieces) -> io::Result<()> {
+    fn submit(&mut self, kind: Kind, slot: usize, lot: Lot, pieces: &Pieces) -> io::Result<()> {
         let segments: SmallVec<[Segment; SEGMENTS]> =
             pieces.iter().map(|piece| self.buffers[slot].segment(piece)).collect();
-        self.queue.submit(slot as u64, Command::Write(lot.at, &segments))?;
+        let command = match kind {
+            Kind::Write => Command::Write(lot.at, &segments),
+            Kind::Read => Command::Read(lot.at, &segments),
+        };
+        self.queue.submit(slot as u64, command)?;
         self.queue.kick()
     }
 

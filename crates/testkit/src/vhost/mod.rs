@@ -7,10 +7,12 @@
 //!
 //! [`Guest::read`], [`Guest::write`] and their like take one request at a time, for tests of what
 //! a device does. [`Guest::queues`] gives the queues themselves, for tests of what it does when
-//! many requests, or a program that changes its buffers, are at it. [`Guest::run`] measures.
+//! many requests, or a program that changes its buffers, are at it; [`Stamper`] loads them and
+//! knows afterwards what must be there. [`Guest::run`] measures.
 
 mod memory;
 mod queue;
+mod stamps;
 mod workload;
 
 use std::io;
@@ -25,6 +27,7 @@ use virtio_driver::{
 
 pub use memory::SharedMemory;
 pub use queue::{Command, Completion, Queue, Segment};
+pub use stamps::{Owes, Stamper};
 pub use workload::{Op, Order, Throughput, Workload};
 
 use queue::{QUEUE_SIZE, Slot};

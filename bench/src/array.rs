@@ -1,0 +1,226 @@
+//! Arrays on files in memory beside one such file: what rows, checksums and the log leave of it.
+//!
+//! Both sides take the same load, from the same kind of memory, on the same worker. With no
+//! medium to wait for, what is measured is software and memory bandwidth: an array that writes
+//! each byte one and a half times can not be as fast as a file.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use stableio_array::{Level, prepare_replacement};
+use stableio_block::{Stack, Worker};
+use stableio_testkit::{Mounted, Scratch};
+
+use crate::Plan;
+use crate::bed::{self, Bed, Shape};
+use crate::compare::{Case, Row, Side, Unit, compare};
+use crate::load::{Load, Order, What};
+
+pub(crate) const NAME: &str = "array";
+pub(crate) const ABOUT: &str = "arrays on files in memory, against one such file";
+
+const PEER: &str = "one file";
+const BTRFS: &str = "btrfs, checksums on, on a loop device";
+
+/// Load stays in this much: more than caches hold.
+const AREA_BYTES: u64 = 512 << 20;
+/// Where tuples are not to be cached.
+const LARGE_AREA_BYTES: u64 = 1 << 30;
+/// Room for a file of [`AREA_BYTES`] that is written anew again and again.
+const BTRFS_BYTES: u64 = 2 << 30;
+/// Tuples that a small cache holds: of some MiB of data.
+const FEW_TUPLES: usize = 64 << 10;
+
+const WRITE_1M: Load = Load {
+    what: What::Write,
+    order: Order::Sequential,
+    block: 1 << 20,
+    depth: 8,
+    area: AREA_BYTES,
+};
+const READ_1M: Load = Load { what: What::Read, ..WRITE_1M };
+const COPY_1M: Load = Load { what: What::Copy, ..WRITE_1M };
+const WRITE_4K: Load =
+    Load { what: What::Write, order: Order::Random, block: 4 << 10, depth: 32, area: AREA_BYTES };
+const READ_4K: Load = Load { what: What::Read, ..WRITE_4K };
+
+struct Try {
+    name: &'static str,
+    level: Level,
+    members: usize,
+    load: Load,
+    cached: bool,
+    target: f64,
+}
+
+const fn on(name: &'static str, (level, members): (Level, usize), load: Load, target: f64) -> Try {
+    Try { name, level, members, load, cached: true, target }
+}
+
+const SINGLE: (Level, usize) = (Level::Single, 1);
+const RAID1: (Level, usize) = (Level::Raid1, 2);
+const RAID5: (Level, usize) = (Level::Raid5, 3);
+const RAID6: (Level, usize) = (Level::Raid6, 5);
+
+const TRIES: [Try; 9] = [
+    on("single-write-1m", SINGLE, WRITE_1M, 0.6),
+    on("raid5-write-1m", RAID5, WRITE_1M, 0.6),
+    on("raid6-write-1m", RAID6, WRITE_1M, 0.6),
+    on("raid1-write-1m", RAID1, WRITE_1M, 0.45),
+    on("single-randread-4k", SINGLE, READ_4K, 0.8),
+    on("raid5-randread-4k", RAID5, READ_4K, 0.8),
+    Try {
+        cached: false,
+        ..on("raid5-randread-4k-uncached", RAID5, Load { area: LARGE_AREA_BYTES, ..READ_4K }, 0.45)
+    },
+    on("raid1-randwrite-4k-qd32", RAID1, WRITE_4K, 0.35),
+    on("raid5-randwrite-4k-qd32", RAID5, WRITE_4K, 0.12),
+];
+
+pub(crate) fn run(plan: &Plan) -> anyhow::Result<Vec<Row>> {
+    let worker = Worker::start("bench")?;
+    let dir = bed::in_memory(LARGE_AREA_BYTES)?;
+    let file = bed::file_stack(&dir.path("file"), LARGE_AREA_BYTES, &worker)?;
+    let mut rows = Vec::new();
+    for attempt in TRIES.iter().filter(|t| plan.wants(t.name)) {
+        rows.push(attempt.row(plan, &worker, &file)?);
+    }
+    if plan.wants(OVER_BTRFS) {
+        rows.extend(over_btrfs(plan, &worker)?);
+    }
+    if plan.wants(SCRUB) {
+        rows.push(scrub(plan, &worker, &file)?);
+    }
+    if plan.wants(REBUILD) {
+        rows.push(rebuild(plan, &worker, &file)?);
+    }
+    Ok(rows)
+}
+
+impl Try {
+    fn row(&self, plan: &Plan, worker: &Worker, file: &Stack) -> anyhow::Result<Row> {
+        let unit = if self.load.block == 4 << 10 { Unit::OpsPerS } else { Unit::MibPerS };
+        let case = Case { family: NAME, name: self.name, unit, target: Some(self.target) };
+        let mut shape = Shape::new(self.level, self.members, self.load.area);
+        if !self.cached {
+            shape.tuples = FEW_TUPLES;
+        }
+        let bed = plan.ours(|| Bed::on_files(shape, worker))?;
+        let mut side = bed.as_ref().map(|bed| bed.stack.clone()).map_err(String::clone);
+        let row = compare(case, &mut side, &mut plan.peer(file.clone()), PEER, |stack| {
+            Ok(unit.of(self.load.run(stack, plan.sample)?, self.load.block))
+        });
+        close(bed)?;
+        Ok(row)
+    }
+}
+
+const OVER_BTRFS: &str = "raid5-randwrite-4k-over-btrfs";
+
+/// The other way to have checksums: a file system that copies on write.
+fn over_btrfs(plan: &Plan, worker: &Worker) -> anyhow::Result<Option<Row>> {
+    let Some(btrfs) = Mounted::on_loop_in_memory("btrfs", BTRFS_BYTES)? else {
+        eprintln!("array/{OVER_BTRFS}: left out; it needs root, mkfs.btrfs and a loop device");
+        return Ok(None);
+    };
+    let case = Case { family: NAME, name: OVER_BTRFS, unit: Unit::OpsPerS, target: Some(4.0) };
+    let file = bed::file_stack(&btrfs.path().join("file"), AREA_BYTES, worker)?;
+    let bed = plan.ours(|| Bed::on_files(Shape::new(Level::Raid5, 3, AREA_BYTES), worker))?;
+    let mut side = bed.as_ref().map(|bed| bed.stack.clone()).map_err(String::clone);
+    let mut peer = plan.peer(file);
+    let row = compare(case, &mut side, &mut peer, BTRFS, |stack| {
+        Ok(Unit::OpsPerS.of(WRITE_4K.run(stack, plan.sample)?, WRITE_4K.block))
+    });
+    close(bed)?;
+    Ok(Some(row))
+}
+
+const SCRUB: &str = "scrub";
+const REBUILD: &str = "rebuild";
+
+/// An array that looks after itself, or a file under a load that moves as many bytes.
+enum Tended<'a> {
+    Array(&'a Bed),
+    File(&'a Stack),
+}
+
+/// All bytes that a scrub reads.
+fn scrub(plan: &Plan, worker: &Worker, file: &Stack) -> anyhow::Result<Row> {
+    tend(plan, worker, file, SCRUB, READ_1M, |bed| {
+        let began = Instant::now();
+        let health = bed.array.health();
+        let before = health.events().len();
+        bed.array.device().begin_scrub().wait().map_err(io::Error::other)?;
+        bed::wait_until(|| health.events().len() > before);
+        expect_event(bed, "the scrub has looked at everything")?;
+        Ok(bed.bytes_of_rows() as f64 / began.elapsed().as_secs_f64())
+    })
+}
+
+/// All bytes that a rebuild reads and writes. The new member's file has its blocks already, as
+/// that of the peer has.
+fn rebuild(plan: &Plan, worker: &Worker, file: &Stack) -> anyhow::Result<Row> {
+    const ROLE: usize = 2;
+    tend(plan, worker, file, REBUILD, COPY_1M, |bed| {
+        let geometry = bed.array.superblock().geometry;
+        let spare = Scratch::with_room(geometry.member_size)?;
+        let path = spare.path("spare");
+        bed::write_file(&path, geometry.member_size)?;
+        prepare_replacement(&path, &geometry, true).map_err(io::Error::other)?;
+        let device = Arc::new(bed::file(&path, worker).map_err(io::Error::other)?);
+        let array = bed.array.device();
+        array.begin_remove(ROLE).wait().map_err(io::Error::other)?;
+        let member = &bed.array.health().members[ROLE];
+        let began = Instant::now();
+        array.begin_replace(ROLE, device, "spare".to_owned()).wait().map_err(io::Error::other)?;
+        bed::wait_until(|| member.next().is_none());
+        let took = began.elapsed().as_secs_f64();
+        match member.in_sync.load(Ordering::Relaxed) {
+            true => Ok(bed.bytes_of_rows() as f64 / took),
+            false => Err(io::Error::other("the new member was left out")),
+        }
+    })
+}
+
+fn tend(
+    plan: &Plan,
+    worker: &Worker,
+    file: &Stack,
+    name: &'static str,
+    load: Load,
+    tend: impl Fn(&Bed) -> io::Result<f64>,
+) -> anyhow::Result<Row> {
+    let case = Case { family: NAME, name, unit: Unit::MibPerS, target: Some(0.7) };
+    let bed = plan.ours(|| {
+        let bed = Bed::on_files(Shape::new(Level::Raid5, 3, AREA_BYTES), worker)?;
+        bed.fill_all()?;
+        Ok(bed)
+    })?;
+    let mut side = bed.as_ref().map(Tended::Array).map_err(String::clone);
+    let row = compare(case, &mut side, &mut plan.peer(Tended::File(file)), PEER, |side| {
+        let rate = match side {
+            Tended::Array(bed) => tend(bed)?,
+            Tended::File(stack) => load.run(stack, plan.sample)?,
+        };
+        Ok(Unit::MibPerS.of(rate, load.block))
+    });
+    close(bed)?;
+    Ok(row)
+}
+
+fn expect_event(bed: &Bed, what: &str) -> io::Result<()> {
+    let events = bed.array.health().events();
+    match events.last() {
+        Some(event) if event == what => Ok(()),
+        other => Err(io::Error::other(format!("{what:?} was to come, not {other:?}"))),
+    }
+}
+
+pub(crate) fn close(bed: Side<Bed>) -> anyhow::Result<()> {
+    if let Ok(bed) = bed {
+        bed.array.close()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! Protections that a test can take away, to see that it would fail without.
+//! In builds without the feature `twins` nothing can.
+
+/// Something that keeps data whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protection {
+    /// LOG-1: the log is durable before the data is written.
+    Log,
+    /// RECOVER-1: no guard is computed from the medium.
+    LoggedGuards,
+    /// WRITE-1: parity is made of old blocks that matched their tuples.
+    VerifiedParity,
+    /// MEND-1: a private read is made under the row's token.
+    RowToken,
+    /// LOG-2: the log forgets nothing before tuples are on their pages.
+    TuplesBeforeTail,
+}
+
+#[cfg(feature = "twins")]
+mod taken {
+    use super::Protection;
+    use std::cell::Cell;
+
+    thread_local! {
+        static WITHOUT: Cell<Option<Protection>> = const { Cell::new(None) };
+    }
+
+    /// From now on this thread's arrays do without it.
+    pub fn without(protection: Option<Protection>) {
+        WITHOUT.set(protection);
+    }
+
+    pub(crate) fn lacks(protection: Protection) -> bool {
+        WITHOUT.get() == Some(protection)
+    }
+}
+
+#[cfg(feature = "twins")]
+pub(crate) use taken::lacks;
+#[cfg(feature = "twins")]
+pub use taken::without;
+
+#[cfg(not(feature = "twins"))]
+pub(crate) const fn lacks(_: Protection) -> bool {
+    false
+}
