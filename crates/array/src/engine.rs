@@ -51,6 +51,8 @@ pub(crate) struct Engine {
     pub(crate) tending: crate::tend::Tending,
     /// Ticks of the watchdog.
     pub(crate) now: Cell<u64>,
+    /// While it is, copies of tuples may differ: the crash cut them short.
+    pub(crate) recovering: Cell<bool>,
     checkpointing: Cell<bool>,
     me: Weak<Engine>,
 }
@@ -100,6 +102,7 @@ impl Engine {
             saves: Saves::default(),
             tending: crate::tend::Tending::default(),
             now: Cell::new(0),
+            recovering: Cell::new(false),
             checkpointing: Cell::new(false),
             me: me.clone(),
         }))
@@ -138,7 +141,9 @@ impl Engine {
             let tail = left.batches.first().map_or(left.next, |batch| batch.first);
             gone.iter().for_each(|m| self.members[*m].since.set(tail));
             self.harden(&left, epoch).await?;
+            self.recovering.set(true);
             self.recover(&left).await?;
+            self.recovering.set(false);
             next = left.next;
             let rows = self.rows_recovered();
             self.health.event(format!(

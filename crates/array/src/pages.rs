@@ -215,12 +215,15 @@ impl Engine {
 
     /// Writes a member's copy of a page anew.
     pub(crate) async fn mend_page(&self, set: &PageSet, member: usize) {
-        let (name, page) = (self.health.members[member].name(), set.page);
-        Health::add(&self.health.members[member].mismatches);
-        self.health.often(Often::Tuple, || {
-            format!("{name}: page {page} of tuples was damaged or old, mended from its copies")
-        });
-        Health::add(&self.health.tuples_mended);
+        // What a crash cut short is nobody's damage.
+        if !self.recovering.get() {
+            let (name, page) = (self.health.members[member].name(), set.page);
+            Health::add(&self.health.members[member].mismatches);
+            self.health.often(Often::Tuple, || {
+                format!("{name}: page {page} of tuples was damaged or old, mended from its copies")
+            });
+            Health::add(&self.health.tuples_mended);
+        }
         set.want(member);
         self.commit(set, member).await;
     }
