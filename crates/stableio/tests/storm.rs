@@ -456,6 +456,8 @@ impl Storm {
         let said = self.stableio(&["replace", "disk", &GONE.to_string(), path, "--wait"])?.stdout;
         assert!(said.ends_with("is in sync\n"), "{said}");
         self.members[GONE] = Some(last);
+        // The first may only go on with one that a kill cut short; the second looks at everything.
+        self.stableio(&["scrub", "disk", "--wait"])?;
         self.stableio(&["scrub", "disk", "--wait"])?;
         let said = self.stableio(&["scrub", "disk", "--wait"])?.stdout;
         let nothing = "scrubbed: 0 blocks and 0 tuples mended, 0 blocks can not be read";
