@@ -12,8 +12,12 @@ use stableio_testkit::{
 
 /// Runs `stableio torture` to its end; gives its exit code and report.
 fn torture(options: &[&str]) -> io::Result<(Option<i32>, Value)> {
+    torture_writes(if quick() { "20000" } else { "200000" }, options)
+}
+
+/// The same with so many raced writes.
+fn torture_writes(writes: &str, options: &[&str]) -> io::Result<(Option<i32>, Value)> {
     let scratch = Scratch::new()?;
-    let writes = if quick() { "20000" } else { "200000" };
     let mut command = stableio(&scratch)?;
     command.args(["torture", "--json", "--writes", writes]).args(options);
     let ended = Child::spawn(command, &scratch)?.wait_within(Duration::from_secs(400))?;
@@ -68,7 +72,7 @@ fn no_level_is_damaged_and_faults_of_a_member_are_made_up_for() -> io::Result<()
     }
     for level in ["raid1", "raid5", "raid6"] {
         // A repair and a charge are right here, but nothing else is.
-        let (code, report) = torture(&["--level", level, "--faults", FAULTS])?;
+        let (code, report) = torture_writes("30000", &["--level", level, "--faults", FAULTS])?;
         assert_eq!(code, Some(0), "{level}: {report:#}");
         let hit = report["faults_hit"].as_str().expect("faults were asked for");
         assert!(!hit.starts_with("error 0, latent 0, flip 0"), "{level}: {report:#}");
