@@ -171,6 +171,10 @@ impl Play {
     /// soon, where nothing may be wrong any more.
     fn misfortune_of_the_new(&mut self, world: &mut World) {
         let Some(member) = world.incoming.iter().flatten().next().cloned() else { return };
+        if self.shape.redundancy() == 0 {
+            // It may have taken its place this very moment: then nobody is left.
+            return;
+        }
         world.coverage.note(Event::FaultsDuringRebuild);
         world.tell(|| format!("something is wrong with {}", member.name()));
         match self.random.below(4) {
