@@ -9,12 +9,11 @@ use std::time::Instant;
 use crate::engine::Engine;
 use crate::geometry::{Place, Role};
 use crate::health::{Health, Often};
-use crate::member::Lacks;
 use crate::pages::PageSet;
 use crate::repair::{block_mut, guard_of};
 use crate::tend::NOTED_EVERY;
 use crate::tuple::{State, Tuple};
-use crate::window::{Window, Work};
+use crate::window::{Ahead, Window, Work};
 
 impl Engine {
     /// Fills the member that takes a role's place, from its first lacking
@@ -24,15 +23,14 @@ impl Engine {
         let progress = &self.health.rebuild;
         progress.begin(zones, self.zone_bytes());
         let mut since_note = 0;
-        let mut since = (Instant::now(), self.traffic.settled_or_begun());
+        let mut since = (Instant::now(), self.traffic.requests());
         loop {
-            let lacks = self.members[role].next.borrow().as_ref().map(|n| n.lacks.clone());
-            let Some(lacks) = lacks else { return Err(Kind::Stopped) };
-            let Some(zone) = lacks.first(zones) else { break };
-            progress.at(match &lacks {
-                Lacks::From(zone) => *zone,
-                Lacks::Zones(left) => zones - left.len() as u64,
+            let first = self.members[role].next.borrow().as_ref().map(|next| {
+                progress.at(next.lacks.done(zones));
+                next.lacks.first(zones)
             });
+            let Some(first) = first else { return Err(Kind::Stopped) };
+            let Some(zone) = first else { break };
             if !self.go_on().await {
                 self.note_filled().await?;
                 return Ok(());
@@ -87,15 +85,8 @@ impl Engine {
         self.check_redundancy()?;
         let windows = self.windows(rows).await?;
         let sources = self.sources(role);
-        let mut begun = None;
-        for (i, rows) in windows.iter().enumerate() {
-            let mut begin = |rows: &std::ops::Range<u64>| {
-                self.begin_window(rows.clone(), sources.clone().into_iter(), &mut work)
-            };
-            let mut window = begun.take().unwrap_or_else(|| begin(rows));
-            // The next one comes while this one is looked at.
-            begun = windows.get(i + 1).map(begin);
-            self.finish_window(&mut window).await;
+        let mut ahead = Ahead::new(windows, sources);
+        while let Some(mut window) = self.next_window(&mut ahead, &mut work).await {
             let filled = self.fill_window(role, &mut window, &mut work).await;
             work.done_with(window);
             filled?;

@@ -339,9 +339,7 @@ impl Engine {
             }
             self.check_redundancy()?;
             if log.tail.get() > log.durable_tail.get() {
-                let first = log.next.get();
-                log.next.set(first + 1);
-                self.write_records(first..first + 1, 1, Vec::new()).await?;
+                self.write_tail().await?;
                 continue;
             }
             // Where nothing more has settled, another checkpoint is of no use.
@@ -368,15 +366,20 @@ impl Engine {
                 log.changed.wait_for(|| (!log.busy.get()).then_some(())).await;
                 continue;
             }
-            // There is always room for this one (`make_room`).
-            let first = log.next.get();
-            log.next.set(first + 1);
-            let done = self.write_records(first..first + 1, 1, Vec::new()).await;
+            let done = self.write_tail().await;
             log.busy.set(false);
             log.changed.notify();
             done?;
         }
         Ok(())
+    }
+
+    /// Writes a batch without records, for its tail. There is always room for
+    /// it (`make_room`); the caller is the one who writes.
+    async fn write_tail(&self) -> Result<(), Kind> {
+        let first = self.log.next.get();
+        self.log.next.set(first + 1);
+        self.write_records(first..first + 1, 1, Vec::new()).await
     }
 
     /// Writes a batch to as many members as must not all be lost.

@@ -97,6 +97,14 @@ impl Lacks {
         }
     }
 
+    /// How many of so many zones it has.
+    pub(crate) fn done(&self, zones: u64) -> u64 {
+        match self {
+            Lacks::From(first) => *first,
+            Lacks::Zones(left) => zones - left.len() as u64,
+        }
+    }
+
     /// From now on it has this zone, the first that it lacked.
     pub(crate) fn got(&mut self, zone: u64) {
         match self {

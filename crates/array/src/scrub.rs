@@ -11,16 +11,15 @@ use crate::geometry::Place;
 use crate::health::{Health, Often};
 use crate::tend::NOTED_EVERY;
 use crate::tuple::State;
-use crate::window::{Window, Work};
+use crate::window::{Ahead, Window, Work};
 
 impl Engine {
     pub(crate) async fn scrub(&self) -> Result<(), Kind> {
         let zones = self.geometry.zones();
         let progress = &self.health.scrub;
-        progress.begin(zones, self.zone_bytes());
         let mut zone = self.superblock.borrow().scrub.unwrap_or(0).min(zones);
         let mut since_note = 0;
-        let mut since = (Instant::now(), self.traffic.settled_or_begun());
+        let mut since = (Instant::now(), self.traffic.requests());
         while zone < zones {
             progress.at(zone);
             if !self.go_on().await {
@@ -51,16 +50,9 @@ impl Engine {
             self.scrub_page(page).await?;
         }
         let windows = self.windows(rows).await?;
-        let mut begun = None;
-        for (i, rows) in windows.iter().enumerate() {
-            let mut begin = |rows: &std::ops::Range<u64>| {
-                self.begin_window(rows.clone(), 0..g.members, &mut work)
-            };
-            let mut window = begun.take().unwrap_or_else(|| begin(rows));
-            // The next one comes while this one is looked at.
-            begun = windows.get(i + 1).map(begin);
-            self.finish_window(&mut window).await;
-            for number in rows.clone() {
+        let mut ahead = Ahead::new(windows, (0..g.members).collect());
+        while let Some(mut window) = self.next_window(&mut ahead, &mut work).await {
+            for number in window.rows.clone() {
                 self.scrub_row(number, &mut window, &mut work).await?;
             }
             work.done_with(window);

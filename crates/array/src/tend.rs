@@ -262,11 +262,11 @@ impl Engine {
     /// last zone, as long as that took.
     pub(crate) async fn give_way(&self, since: &mut (Instant, u64)) {
         yield_now().await;
-        let requests = self.traffic.settled_or_begun();
+        let requests = self.traffic.requests();
         if requests > since.1 && ring::is_here() {
             ring::sleep(since.0.elapsed().min(LONGEST_BREAK)).await;
         }
-        *since = (Instant::now(), self.traffic.settled_or_begun());
+        *since = (Instant::now(), self.traffic.requests());
     }
 
     pub(crate) fn zone_bytes(&self) -> u64 {

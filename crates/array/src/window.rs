@@ -38,6 +38,20 @@ impl Window {
     }
 }
 
+/// Windows that are read one after the other, one ahead.
+pub(crate) struct Ahead {
+    rows: std::vec::IntoIter<Range<u64>>,
+    members: Vec<usize>,
+    begun: Option<Window>,
+}
+
+impl Ahead {
+    /// These windows, of these members.
+    pub(crate) fn new(windows: Vec<Range<u64>>, members: Vec<usize>) -> Self {
+        Self { rows: windows.into_iter(), members, begun: None }
+    }
+}
+
 /// Memory of a piece of long work.
 pub(crate) struct Work {
     windows: Vec<PoolBuf>,
@@ -109,19 +123,28 @@ impl Engine {
         Ok(windows)
     }
 
+    /// The next window, as it came; the one behind it is begun, so that it
+    /// comes while this one is looked at.
+    pub(crate) async fn next_window(&self, ahead: &mut Ahead, work: &mut Work) -> Option<Window> {
+        let begun = ahead.begun.take().or_else(|| self.begin_next(ahead, work));
+        ahead.begun = self.begin_next(ahead, work);
+        let mut window = begun?;
+        self.finish_window(&mut window).await;
+        Some(window)
+    }
+
+    fn begin_next(&self, ahead: &mut Ahead, work: &mut Work) -> Option<Window> {
+        ahead.rows.next().map(|rows| self.begin_window(rows, &ahead.members, work))
+    }
+
     /// Begins to read a window from some members.
-    pub(crate) fn begin_window(
-        &self,
-        rows: Range<u64>,
-        members: impl Iterator<Item = usize>,
-        work: &mut Work,
-    ) -> Window {
+    fn begin_window(&self, rows: Range<u64>, members: &[usize], work: &mut Work) -> Window {
         let came = smallvec::smallvec![false; self.members.len()];
         let mut window = Window { rows, buf: work.window(), came, sent: Vec::new() };
         let (stripe, row) = self.geometry.row_at(window.rows.start);
         let at = self.geometry.member_offset(stripe, row);
         let len = (window.rows.end - window.rows.start) as usize * BLOCK;
-        for member in members.filter(|m| self.holds(*m, stripe)) {
+        for &member in members.iter().filter(|m| self.holds(**m, stripe)) {
             let from = window.at(member, window.rows.start);
             let list = window.buf.target(from..from + len);
             window.sent.push((member, self.read_member(member, at, list)));
@@ -130,7 +153,7 @@ impl Engine {
     }
 
     /// Waits for a window.
-    pub(crate) async fn finish_window(&self, window: &mut Window) {
+    async fn finish_window(&self, window: &mut Window) {
         let mut given_up = false;
         for (member, sent) in std::mem::take(&mut window.sent) {
             match self.arrived(sent).await {

@@ -86,7 +86,7 @@ impl Traffic {
     }
 
     /// Requests so far, for whoever wants to know whether there are any.
-    pub fn settled_or_begun(&self) -> u64 {
+    pub fn requests(&self) -> u64 {
         self.reads.load(Ordering::Relaxed) + self.writes.load(Ordering::Relaxed)
     }
 

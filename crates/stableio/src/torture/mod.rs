@@ -228,7 +228,7 @@ impl Watch {
                 let waiting = Stage::ALL.iter().map(|stage| (stage, traffic.waiting(*stage)));
                 let waiting: Vec<_> =
                     waiting.filter(|(_, n)| *n > 0).map(|(s, n)| format!("{n} in {s:?}")).collect();
-                let now = traffic.settled_or_begun();
+                let now = traffic.requests();
                 if now != last || waiting.is_empty() {
                     (last, since) = (now, Instant::now());
                 }
