@@ -200,18 +200,7 @@ impl Trial {
     /// The writers' part, block by block where a longer read fails; none for a block that is an
     /// error.
     fn read_blocks(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
-        let mut guest = Guest::connect(self.array.vhost.socket(), 1, MIB)?;
-        let mut blocks = Vec::new();
-        for piece in (0..STAMPED_BYTES).step_by(MIB) {
-            match guest.read(piece as u64, MIB) {
-                Ok(bytes) => blocks.extend(bytes.chunks(BLOCK).map(|block| Some(block.to_vec()))),
-                Err(_) => {
-                    let places = (piece..piece + MIB).step_by(BLOCK);
-                    blocks.extend(places.map(|at| guest.read(at as u64, BLOCK).ok()));
-                }
-            }
-        }
-        Ok(blocks)
+        Guest::connect(self.array.vhost.socket(), 1, MIB)?.read_blocks(STAMPED_BYTES)
     }
 
     /// Clears the mark by which the next server knows that it must recover.

@@ -434,18 +434,7 @@ impl Storm {
 
     /// The stampers' part, block by block where a longer read fails.
     fn read_blocks(&self) -> io::Result<Vec<Option<Vec<u8>>>> {
-        let mut guest = Guest::connect(self.vhost.socket(), 1, MIB)?;
-        let mut blocks = Vec::new();
-        for piece in (0..STAMPED_BYTES).step_by(MIB) {
-            match guest.read(piece as u64, MIB) {
-                Ok(bytes) => blocks.extend(bytes.chunks(BLOCK).map(|block| Some(block.to_vec()))),
-                Err(_) => {
-                    let places = (piece..piece + MIB).step_by(BLOCK);
-                    blocks.extend(places.map(|at| guest.read(at as u64, BLOCK).ok()));
-                }
-            }
-        }
-        Ok(blocks)
+        Guest::connect(self.vhost.socket(), 1, MIB)?.read_blocks(STAMPED_BYTES)
     }
 
     /// The rebuild ends, scrubs find everything and then nothing, and all agree on every byte.

@@ -95,6 +95,25 @@ impl Guest {
         Ok(self.memory.load(0..len))
     }
 
+    /// The first `len` bytes by blocks of 4096, MiB by MiB, and block by block
+    /// where that fails; none for a block that is an error. The memory has at
+    /// least a MiB, of which `len` is a multiple.
+    pub fn read_blocks(&mut self, len: usize) -> io::Result<Vec<Option<Vec<u8>>>> {
+        const MIB: usize = 1 << 20;
+        const BLOCK: usize = 4096;
+        let mut blocks = Vec::new();
+        for piece in (0..len).step_by(MIB) {
+            match self.read(piece as u64, MIB) {
+                Ok(bytes) => blocks.extend(bytes.chunks(BLOCK).map(|block| Some(block.to_vec()))),
+                Err(_) => {
+                    let places = (piece..piece + MIB).step_by(BLOCK);
+                    blocks.extend(places.map(|at| self.read(at as u64, BLOCK).ok()));
+                }
+            }
+        }
+        Ok(blocks)
+    }
+
     /// Writes `bytes` at `offset`, through the beginning of the memory.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.memory.store(0, bytes);
