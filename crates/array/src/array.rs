@@ -10,10 +10,11 @@ use std::time::Duration;
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
 use stableio_block::{
-    Cache, Device, Error, Handle, Kind, Limits, Op, OpName, Outcome, Radius, Request, Ticket,
+    Cache, Device, Error, Handle, Into, Issuer, Kind, Limits, Op, OpName, Outcome, Radius, Request,
+    Ticket,
 };
 use stableio_block::{exec, ring};
-use stableio_mem::{BLOCK, Pass};
+use stableio_mem::{BLOCK, Pass, Reservation};
 
 use crate::assemble::{AssembleError, Assembly};
 use crate::engine::{Engine, Parts};
@@ -338,26 +339,22 @@ impl Device for ArrayDevice {
     }
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
-        let (key, name) = (self.key, self.name.clone());
-        let (op, at, len) = request.op.range();
-        let fail = move |kind| Error { kind, op, device: name, at, len };
-        // Two tasks instead of one that is large enough for both.
+        let key = self.key;
+        let fail = self.failure_of(&request);
+        // On its own worker a read begins at once, and has tasks of its own,
+        // which are smaller than one for everything.
         match request {
-            Request { op: Op::Read { at, into }, memory, issuer } => {
-                let read = move || async move {
-                    let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
-                    let done = match engine.check_redundancy() {
-                        Ok(()) => engine.read(at, into, memory, issuer).await,
-                        Err(kind) => Err(kind),
-                    };
-                    done.map_err(fail)
-                };
-                // On its own worker a read begins at once: where the members
-                // answer at once too, it is done when this returns.
-                match self.worker.is_here() {
-                    true => exec::spawn_begun(read()),
-                    false => self.worker.spawn(read),
+            Request { op: Op::Read { at, into }, memory, issuer } if self.worker.is_here() => {
+                match engine(key) {
+                    Some(engine) => read_here(engine, at, into, memory, issuer, fail),
+                    None => Ticket::ready(Err(fail(Kind::Stopped))),
                 }
+            }
+            Request { op: Op::Read { at, into }, memory, issuer } => {
+                self.worker.spawn(move || async move {
+                    let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
+                    engine.read(at, into, memory, issuer).await.map_err(fail)
+                })
             }
             request => self.worker.spawn(move || async move {
                 let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
@@ -365,6 +362,44 @@ impl Device for ArrayDevice {
             }),
         }
     }
+}
+
+impl ArrayDevice {
+    /// Makes the error of a request that fails.
+    fn failure_of(&self, request: &Request) -> impl FnOnce(Kind) -> Error + Send + use<> {
+        let (device, (op, at, len)) = (self.name.clone(), request.op.range());
+        move |kind| Error { kind, op, device, at, len }
+    }
+}
+
+/// A read on its array's worker: where the members answer at once, as files in
+/// memory do, and tuples are at hand, one block is there when this returns.
+fn read_here(
+    engine: Rc<Engine>,
+    at: u64,
+    into: Into,
+    memory: Option<Reservation>,
+    issuer: Option<Arc<Issuer>>,
+    fail: impl FnOnce(Kind) -> Error + 'static,
+) -> Ticket<Outcome> {
+    let Some(block) = engine.known_block(at, &into) else {
+        return match into.len() {
+            BLOCK => exec::spawn_begun(async move {
+                engine.read_one(at, into, memory, issuer).await.map_err(fail)
+            }),
+            _ => exec::spawn_begun(async move {
+                engine.read(at, into, memory, issuer).await.map_err(fail)
+            }),
+        };
+    };
+    let mut read = match engine.begin_block(block, into, memory) {
+        Ok(read) => read,
+        Err(kind) => return Ticket::ready(Err(fail(kind))),
+    };
+    if engine.block_now(&mut read) {
+        return Ticket::ready(Ok(read.into_reply()));
+    }
+    exec::spawn_begun(async move { engine.finish_block(read, issuer).await.map_err(fail) })
 }
 
 /// The engine of an array of this worker's, while it is open.

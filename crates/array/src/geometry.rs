@@ -311,7 +311,9 @@ impl Geometry {
     pub fn place(&self, block: u64) -> Place {
         let per = self.row_shape().stripe_blocks();
         let within = (block % per) as u32;
-        let (column, row) = (within / self.chunk_blocks, within % self.chunk_blocks);
+        // A chunk is a power of two.
+        let column = within >> self.chunk_blocks.trailing_zeros();
+        let row = within & (self.chunk_blocks - 1);
         Place { stripe: block / per, row, column: column as usize }
     }
 
@@ -387,14 +389,19 @@ impl Geometry {
     /// Rows of each stripe of a group that a page covers: a power of two, so
     /// that pages and chunks divide each other.
     pub fn page_rows(&self) -> usize {
-        let most = PAGE_TUPLES / self.record_tuples();
-        1 << most.ilog2()
+        1 << self.page_shift()
+    }
+
+    /// Every request divides by it: by shifting.
+    fn page_shift(&self) -> u32 {
+        (PAGE_TUPLES as u32 / self.record_tuples() as u32).ilog2()
     }
 
     /// The page that holds the tuples of a row, and the record on it.
     pub fn page_of(&self, stripe: u64, row: u32) -> (u64, usize) {
         let height = stripe / self.group() * u64::from(self.chunk_blocks) + u64::from(row);
-        (height / self.page_rows() as u64, (height % self.page_rows() as u64) as usize)
+        let shift = self.page_shift();
+        (height >> shift, (height & ((1 << shift) - 1)) as usize)
     }
 
     /// Stripe and row of a record at a position in its group: the inverse of

@@ -114,6 +114,15 @@ impl Lacks {
     }
 }
 
+impl Sent {
+    /// What a read gave, if it is there without waiting.
+    pub(crate) fn now(&mut self) -> Option<Outcome> {
+        let place = if self.main.is_some() { &mut self.main } else { &mut self.next };
+        let (device, ticket) = place.take()?;
+        ticket.now().map_err(|ticket| *place = Some((device, ticket))).ok()
+    }
+}
+
 impl Member {
     pub(crate) fn new(device: Option<Arc<dyn Device>>, alive: bool, since: u64) -> Self {
         Self {
@@ -157,7 +166,7 @@ impl Engine {
 
     /// Whether a member, or the one that takes its place, has a stripe.
     pub(crate) fn holds(&self, member: usize, stripe: u64) -> bool {
-        self.holds_zone(member, self.geometry.zone_of(stripe))
+        self.alive(member) || self.holds_zone(member, self.geometry.zone_of(stripe))
     }
 
     pub(crate) fn holds_zone(&self, member: usize, zone: u64) -> bool {

@@ -15,6 +15,10 @@
 //!
 //! PAGE-4: of two copies of a tuple the one with the higher sequence counts,
 //! whatever the data says: a member that lost a write has lost its tuple too.
+//!
+//! PAGE-5: a read is content with the copy beside its block, where that is
+//! whole and says that there is data, which must fit. All copies are compared
+//! before a tuple is changed, a block mended, or anything else believed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
@@ -29,7 +33,7 @@ use stableio_mem::BLOCK;
 use crate::engine::Engine;
 use crate::geometry::{Geometry, Place, Role};
 use crate::health::{Health, Often};
-use crate::tuple::{Owner, Sector, State, Tuple, encode_page, parse_page};
+use crate::tuple::{Owner, Sector, State, Tuple, data_tuple, encode_page, parse_page};
 
 /// Sets of pages that are written to make room in the cache.
 const WRITTEN_AT_ONCE: usize = 32;
@@ -69,9 +73,24 @@ impl Hasher for PageHash {
 type Slots = Vec<Vec<u16>>;
 
 struct Cache {
-    sets: HashMap<u64, Option<Rc<PageSet>>, BuildHasherDefault<PageHash>>,
+    sets: HashMap<u64, Cached, BuildHasherDefault<PageHash>>,
     order: VecDeque<u64>,
     capacity: usize,
+}
+
+/// What is there of the pages of a number.
+enum Cached {
+    Loading,
+    /// One member's, as it was read, for reads of its blocks (PAGE-5).
+    Copy(PageCopy),
+    All(Rc<PageSet>),
+}
+
+/// A member's copy of a page.
+struct PageCopy {
+    owner: Owner,
+    bytes: Box<[u8]>,
+    used: Cell<bool>,
 }
 
 /// The pages of the same number on all members: all tuples of some rows.
@@ -110,18 +129,54 @@ impl Pages {
     }
 
     fn get(&self, page: u64) -> Option<Rc<PageSet>> {
-        let found = self.cache.borrow().sets.get(&page).cloned().flatten();
-        if let Some(set) = &found {
-            set.used.set(true);
+        match self.cache.borrow().sets.get(&page) {
+            Some(Cached::All(set)) => {
+                set.used.set(true);
+                Some(set.clone())
+            }
+            _ => None,
         }
-        found
+    }
+
+    /// The tuples of blocks that a member has, in rows that follow each other,
+    /// if they are at hand.
+    pub(crate) fn known(
+        &self,
+        g: &Geometry,
+        first: Place,
+        count: usize,
+        member: usize,
+    ) -> Option<SmallVec<[Tuple; 16]>> {
+        let (page, record) = g.page_of(first.stripe, first.row);
+        match self.cache.borrow().sets.get(&page)? {
+            Cached::Loading => None,
+            Cached::All(set) => {
+                set.used.set(true);
+                Some(set.tuples(first, count))
+            }
+            Cached::Copy(copy) if copy.owner.role == member => {
+                copy.used.set(true);
+                let from = index_in_copy(g, record, first, member);
+                let tuple =
+                    |i| data_tuple(&copy.bytes, page, copy.owner, from + i * g.record_tuples());
+                (0..count).map(tuple).collect()
+            }
+            Cached::Copy(_) => None,
+        }
+    }
+
+    fn is_loading(&self, page: u64) -> bool {
+        matches!(self.cache.borrow().sets.get(&page), Some(Cached::Loading))
     }
 
     /// Sets with changes that some member does not have, oldest first.
     fn dirty(&self, most: usize) -> Vec<Rc<PageSet>> {
         let cache = self.cache.borrow();
-        let sets = cache.order.iter().filter_map(|page| cache.sets.get(page)?.clone());
-        sets.filter(|set| !set.is_clean()).take(most).collect()
+        let sets = cache.order.iter().filter_map(|page| match cache.sets.get(page) {
+            Some(Cached::All(set)) if !set.is_clean() => Some(set.clone()),
+            _ => None,
+        });
+        sets.take(most).collect()
     }
 }
 
@@ -133,14 +188,17 @@ impl Cache {
         while self.sets.len() >= self.capacity && tries > 0 {
             tries -= 1;
             let Some(page) = self.order.pop_front() else { break };
-            match self.sets.get(&page) {
-                Some(Some(set))
-                    if Rc::strong_count(set) == 1 && !set.used.replace(false) && set.is_clean() =>
-                {
-                    self.sets.remove(&page);
+            let unused = match self.sets.get(&page) {
+                Some(Cached::Loading) => false,
+                Some(Cached::Copy(copy)) => !copy.used.replace(false),
+                Some(Cached::All(set)) => {
+                    Rc::strong_count(set) == 1 && !set.used.replace(false) && set.is_clean()
                 }
-                Some(_) => self.order.push_back(page),
-                None => {}
+                None => continue,
+            };
+            match unused {
+                true => drop(self.sets.remove(&page)),
+                false => self.order.push_back(page),
             }
         }
         self.sets.len() < self.capacity
@@ -155,28 +213,86 @@ impl Engine {
             if let Some(set) = self.pages.get(page) {
                 return Ok(set);
             }
-            let loading = self.pages.cache.borrow().sets.contains_key(&page);
-            if !loading {
+            if !self.pages.is_loading(page) {
                 break;
             }
-            let arrived =
-                || (!matches!(self.pages.cache.borrow().sets.get(&page), Some(None))).then_some(());
-            self.pages.loaded.wait_for(arrived).await;
+            self.loaded(page).await;
         }
-        self.pages.cache.borrow_mut().sets.insert(page, None);
+        let is_new = self.begin_load(page).await;
+        let set = Box::pin(self.load(page)).await;
+        self.end_load(page, is_new, Cached::All(set.clone()));
+        Ok(set)
+    }
+
+    /// The tuples of blocks that a member has, in rows that follow each other:
+    /// as its own copy says, where nothing else is known (PAGE-5).
+    pub(crate) async fn tuples(
+        &self,
+        first: Place,
+        count: usize,
+        member: usize,
+    ) -> Result<SmallVec<[Tuple; 16]>, Kind> {
+        let g = &self.geometry;
+        let (page, _) = g.page_of(first.stripe, first.row);
+        while self.pages.is_loading(page) {
+            self.loaded(page).await;
+        }
+        if !self.pages.holds(page) && self.holds(member, first.stripe) {
+            Box::pin(self.load_copy(page, member)).await;
+        }
+        match self.pages.known(g, first, count, member) {
+            Some(tuples) => Ok(tuples),
+            // Another member is asked for too, or the copy does not do.
+            None => Ok(self.page(first.stripe, first.row).await?.tuples(first, count)),
+        }
+    }
+
+    /// Waits until a page is there that is on its way.
+    async fn loaded(&self, page: u64) {
+        self.pages.loaded.wait_for(|| (!self.pages.is_loading(page)).then_some(())).await;
+    }
+
+    /// Makes room for a page that nobody else loads; says whether nothing of
+    /// it was there.
+    async fn begin_load(&self, page: u64) -> bool {
+        let is_new = self.pages.cache.borrow_mut().sets.insert(page, Cached::Loading).is_none();
         if !self.pages.cache.borrow_mut().shrink() {
             // All in use, or changed: some are written, so that the next ones
             // find room.
             Box::pin(self.write_pages(WRITTEN_AT_ONCE)).await;
             self.pages.cache.borrow_mut().shrink();
         }
-        let set = Box::pin(self.load(page)).await;
+        is_new
+    }
+
+    fn end_load(&self, page: u64, is_new: bool, what: Cached) {
         let mut cache = self.pages.cache.borrow_mut();
-        cache.sets.insert(page, Some(set.clone()));
-        cache.order.push_back(page);
+        cache.sets.insert(page, what);
+        if is_new {
+            cache.order.push_back(page);
+        }
         drop(cache);
         self.pages.loaded.notify();
-        Ok(set)
+    }
+
+    /// Reads a member's copy of a page that is not there.
+    async fn load_copy(&self, page: u64, member: usize) {
+        let is_new = self.begin_load(page).await;
+        let mut buf = self.meta.reserve(BLOCK).await.expect("smaller than the pool").take(BLOCK);
+        let sent = self.read_member(member, self.geometry.page_at(page), buf.target(0..BLOCK));
+        match self.arrived(sent).await {
+            Ok(_) => {
+                let bytes = buf.freeze().contiguous(0, BLOCK).into();
+                let copy = PageCopy { owner: self.owner(member), bytes, used: Cell::new(true) };
+                self.end_load(page, is_new, Cached::Copy(copy));
+            }
+            Err(error) => {
+                // It is asked again, with the others.
+                self.note_read_error(member, &error);
+                self.pages.cache.borrow_mut().sets.remove(&page);
+                self.pages.loaded.notify();
+            }
+        }
     }
 
     /// Reads a page from every member and puts the tuples together.
@@ -400,6 +516,16 @@ fn index(g: &Geometry, record: usize, position: usize, column: usize) -> usize {
     record * row_tuples(g) + position * g.width() + column
 }
 
+/// Where the tuple of a block that a member has lies in its copy of the page.
+fn index_in_copy(g: &Geometry, record: usize, place: Place, member: usize) -> usize {
+    let position = g.position(place.stripe);
+    let column = match g.role(position as u64, member) {
+        Role::Data(_) => 0,
+        Role::P | Role::Q => place.column,
+    };
+    record * g.record_tuples() + g.record_range(member, position).start + column
+}
+
 fn slots(g: &Geometry, member: usize) -> Vec<u16> {
     let mut slots = Vec::with_capacity(g.page_rows() * g.record_tuples());
     for record in 0..g.page_rows() {
@@ -513,5 +639,30 @@ impl Merge {
             used: Cell::new(true),
         };
         (set, to_mend)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::Level;
+
+    #[test]
+    fn a_tuple_lies_in_a_copy_where_the_set_has_it() {
+        for (level, members) in
+            [(Level::Single, 1), (Level::Raid1, 3), (Level::Raid5, 4), (Level::Raid6, 6)]
+        {
+            let g = Geometry::new(level, members, 16384, 64 << 20).unwrap();
+            let slots: Vec<_> = (0..members).map(|member| slots(&g, member)).collect();
+            for block in 0..g.size() / BLOCK as u64 {
+                let place = g.place(block);
+                let (_, record) = g.page_of(place.stripe, place.row);
+                for member in g.tuple_holders(place.stripe, place.column) {
+                    let slot = slots[member][index_in_copy(&g, record, place, member)];
+                    let in_set = index(&g, record, g.position(place.stripe), place.column);
+                    assert_eq!(usize::from(slot), in_set, "{level:?} {place:?} on {member}");
+                }
+            }
+        }
     }
 }

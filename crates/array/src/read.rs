@@ -13,13 +13,14 @@
 use std::ops::Range;
 
 use smallvec::SmallVec;
-use stableio_block::{Extent, Into, Issuer, Kind, Reply, path::Stage};
+use stableio_block::{Extent, Into, Issuer, Kind, Outcome, Reply, path::Stage};
 use stableio_mem::{BLOCK, ForeignBuf, PoolBuf, Reservation, SgList, StableBuf, doors};
 use std::sync::Arc;
 
 use crate::engine::Engine;
 use crate::geometry::Place;
 use crate::health::Health;
+use crate::member::Sent;
 use crate::tuple::State;
 
 /// Where a read goes.
@@ -29,6 +30,21 @@ enum Target {
 }
 
 impl Target {
+    fn of(into: Into, memory: Option<Reservation>) -> Result<Self, Kind> {
+        match into {
+            Into::Foreign(buf) => Ok(Target::Foreign(buf)),
+            Into::Pool(len) => Ok(Target::Pool(memory.ok_or(Kind::Unsupported)?.take(len))),
+            Into::Segments(_) => Err(Kind::Unsupported),
+        }
+    }
+
+    fn into_reply(self) -> Reply {
+        match self {
+            Target::Foreign(_) => Reply::Done,
+            Target::Pool(buf) => Reply::Data(buf.freeze()),
+        }
+    }
+
     fn is_ours(&self) -> bool {
         matches!(self, Target::Pool(_))
     }
@@ -103,6 +119,30 @@ struct MemberRead {
     pieces: Vec<Piece>,
 }
 
+/// A block of which all is at hand that a read needs to know.
+#[derive(Clone, Copy)]
+pub(crate) struct KnownBlock {
+    place: Place,
+    member: usize,
+    guard: u64,
+}
+
+/// A read of one block on its way.
+pub(crate) struct BlockRead {
+    block: KnownBlock,
+    target: Target,
+    /// `None` when it came, or failed.
+    sent: Option<Sent>,
+    /// Whether what came matches.
+    fits: Result<bool, Kind>,
+}
+
+impl BlockRead {
+    pub(crate) fn into_reply(self) -> Reply {
+        self.target.into_reply()
+    }
+}
+
 impl Engine {
     /// Reads whole blocks.
     pub(crate) async fn read(
@@ -112,21 +152,15 @@ impl Engine {
         memory: Option<Reservation>,
         issuer: Option<Arc<Issuer>>,
     ) -> Result<Reply, Kind> {
+        self.check_redundancy()?;
         let len = into.len();
-        let mut target = match into {
-            Into::Foreign(buf) => Target::Foreign(buf),
-            Into::Pool(len) => Target::Pool(memory.ok_or(Kind::Unsupported)?.take(len)),
-            Into::Segments(_) => return Err(Kind::Unsupported),
-        };
+        let mut target = Target::of(into, memory)?;
         let place = self.traffic.enter(Stage::Members);
         let (reads, mut aside) = self.plan_read(at, len, &mut target).await?;
         let begun: Vec<_> = reads
             .into_iter()
             .map(|read| {
-                let sent = match target.is_ours() {
-                    true => self.read_member(read.member, read.at, read.list),
-                    false => self.read_member_foreign(read.member, read.at, read.list),
-                };
+                let sent = self.read_into(&target, read.member, read.at, read.list);
                 (sent, read.member, read.pieces)
             })
             .collect();
@@ -164,6 +198,25 @@ impl Engine {
                 .collect();
         }
         drop(place);
+        self.read_again(&mut target, aside, issuer).await?;
+        Ok(target.into_reply())
+    }
+
+    fn read_into(&self, target: &Target, member: usize, at: u64, list: SgList) -> Sent {
+        match target.is_ours() {
+            true => self.read_member(member, at, list),
+            false => self.read_member_foreign(member, at, list),
+        }
+    }
+
+    /// Reads blocks privately that did not match where they lay, or did not
+    /// come; says so to whom it may concern (READ-2, READ-3).
+    async fn read_again(
+        &self,
+        target: &mut Target,
+        aside: impl IntoIterator<Item = (Place, usize)>,
+        issuer: Option<Arc<Issuer>>,
+    ) -> Result<(), Kind> {
         for (place, from) in aside {
             let mended = Box::pin(self.mend(place)).await?;
             if mended.benign && !target.is_ours() && self.was_read(place) {
@@ -176,10 +229,96 @@ impl Engine {
             }
             target.put(from, &mended.block)?;
         }
-        Ok(match target {
-            Target::Foreign(_) => Reply::Done,
-            Target::Pool(buf) => Reply::Data(buf.freeze()),
+        Ok(())
+    }
+
+    /// Where the block at `at` lies and what its guard is, if that is at hand
+    /// and one block is all that is asked for: most reads of guests and
+    /// databases, which go a short way.
+    pub(crate) fn known_block(&self, at: u64, into: &Into) -> Option<KnownBlock> {
+        if into.len() != BLOCK || self.check_redundancy().is_err() {
+            return None;
+        }
+        let place = self.geometry.place(at / BLOCK as u64);
+        let member = self.leg(place);
+        let tuple = self.pages.known(&self.geometry, place, 1, member)?[0];
+        (tuple.state == State::Written && self.holds(member, place.stripe)).then_some(KnownBlock {
+            place,
+            member,
+            guard: tuple.guard,
         })
+    }
+
+    /// Begins to read such a block.
+    pub(crate) fn begin_block(
+        &self,
+        block: KnownBlock,
+        into: Into,
+        memory: Option<Reservation>,
+    ) -> Result<BlockRead, Kind> {
+        let mut target = Target::of(into, memory)?;
+        let at = self.geometry.member_offset(block.place.stripe, block.place.row);
+        let list = target.part(0, BLOCK);
+        let sent = Some(self.read_into(&target, block.member, at, list));
+        Ok(BlockRead { block, target, sent, fits: Ok(false) })
+    }
+
+    /// Whether the block is there already and matches.
+    pub(crate) fn block_now(&self, read: &mut BlockRead) -> bool {
+        if let Some(outcome) = read.sent.as_mut().and_then(Sent::now) {
+            read.sent = None;
+            read.fits = self.judge_block(read, outcome);
+        }
+        read.fits == Ok(true)
+    }
+
+    /// Waits for the block, and reads it again where it does not match.
+    pub(crate) async fn finish_block(
+        &self,
+        mut read: BlockRead,
+        issuer: Option<Arc<Issuer>>,
+    ) -> Result<Reply, Kind> {
+        if let Some(sent) = read.sent.take() {
+            let place = self.traffic.enter(Stage::Members);
+            let outcome = self.arrived(sent).await;
+            read.fits = self.judge_block(&mut read, outcome);
+            drop(place);
+        }
+        if !read.fits? {
+            self.read_again(&mut read.target, [(read.block.place, 0)], issuer).await?;
+        }
+        Ok(read.target.into_reply())
+    }
+
+    /// Whether a block came and matches.
+    fn judge_block(&self, read: &mut BlockRead, outcome: Outcome) -> Result<bool, Kind> {
+        match outcome {
+            Ok(_) => Ok(read.target.mismatches(0, &[read.block.guard])?.is_empty()),
+            Err(error) if error.is_memory() => Err(error.kind),
+            Err(error) => {
+                if error.kind == Kind::Stalled {
+                    read.target = Target::Pool(self.instead(BLOCK));
+                }
+                self.note_read_error(read.block.member, &error);
+                Ok(false)
+            }
+        }
+    }
+
+    /// Reads one block, once its tuple is at hand.
+    pub(crate) async fn read_one(
+        &self,
+        at: u64,
+        into: Into,
+        memory: Option<Reservation>,
+        issuer: Option<Arc<Issuer>>,
+    ) -> Result<Reply, Kind> {
+        let place = self.geometry.place(at / BLOCK as u64);
+        self.tuples(place, 1, self.leg(place)).await?;
+        match self.known_block(at, &into) {
+            Some(block) => self.finish_block(self.begin_block(block, into, memory)?, issuer).await,
+            None => Box::pin(self.read(at, into, memory, issuer)).await,
+        }
     }
 
     /// The member to read a run from: of a mirror's legs that have it, each
@@ -215,7 +354,7 @@ impl Engine {
         let mut from = 0;
         for (run, count) in g.runs(first..first + (len / BLOCK) as u64) {
             let member = self.leg(run);
-            let tuples = self.page(run.stripe, run.row).await?.tuples(run, count);
+            let tuples = self.tuples(run, count, member).await?;
             for (i, tuple) in tuples.iter().enumerate() {
                 let place = Place { row: run.row + i as u32, ..run };
                 match tuple.state {

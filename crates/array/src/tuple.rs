@@ -24,6 +24,7 @@ use stableio_mem::BLOCK;
 
 use crate::geometry::PAGE_TUPLES;
 use crate::superblock::{Id, u32_at, u64_at};
+use crate::twin::{Protection, lacks};
 
 const TUPLE_LEN: usize = 16;
 const TUPLES_AT: usize = 32;
@@ -174,18 +175,42 @@ pub fn parse_page(
     })
 }
 
+/// The tuple at `index` of a page, where it speaks of data and its sector is
+/// whole. That a block was never written, or is lost, is nothing to believe
+/// one copy: a disk that lost its content reads as zeros.
+///
+/// # Panics
+///
+/// When `bytes` is not one block, or `index` not on a page.
+pub(crate) fn data_tuple(bytes: &[u8], page: u64, owner: Owner, index: usize) -> Option<Tuple> {
+    assert_eq!(bytes.len(), BLOCK);
+    let (sector, within) = (index / SECTOR_TUPLES, index % SECTOR_TUPLES);
+    let bytes = &bytes[sector * SECTOR..][..SECTOR];
+    if lacks(Protection::BlankCopies) && bytes.iter().all(|b| *b == 0) {
+        return Some(Tuple::UNWRITTEN);
+    }
+    let at = TUPLES_AT + within * TUPLE_LEN;
+    let tuple = Tuple::parse(&bytes[at..at + TUPLE_LEN])?;
+    let whole = is_whole(bytes, page * SECTORS as u64 + sector as u64, owner);
+    (whole && tuple.state == State::Written).then_some(tuple)
+}
+
+/// Whether a sector is the one with this number, as its owner wrote it.
+fn is_whole(bytes: &[u8], number: u64, owner: Owner) -> bool {
+    u64_at(bytes, 8) == number
+        && bytes[24..28] == owner.array.0[..4]
+        && usize::from(bytes[28]) == owner.role
+        && stableio_onepass::guard(&bytes[8..]) == u64_at(bytes, 0)
+}
+
 fn parse_sector(bytes: &[u8], number: u64, owner: Owner) -> Sector {
     if bytes.iter().all(|b| *b == 0) {
         return Sector::Blank;
     }
-    let right = stableio_onepass::guard(&bytes[8..]) == u64_at(bytes, 0)
-        && u64_at(bytes, 8) == number
-        && bytes[24..28] == owner.array.0[..4]
-        && usize::from(bytes[28]) == owner.role;
     let tuples: Option<Vec<Tuple>> =
         bytes[TUPLES_AT..].chunks_exact(TUPLE_LEN).map(Tuple::parse).collect();
     match tuples {
-        Some(tuples) if right => Sector::Good(u64_at(bytes, 16), tuples),
+        Some(tuples) if is_whole(bytes, number, owner) => Sector::Good(u64_at(bytes, 16), tuples),
         _ => Sector::Bad,
     }
 }
@@ -193,6 +218,25 @@ fn parse_sector(bytes: &[u8], number: u64, owner: Owner) -> Sector {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_copy_is_believed_only_of_data() {
+        let owner = Owner { array: Id::random(), role: 2 };
+        let mut tuples = vec![Tuple::UNWRITTEN; PAGE_TUPLES];
+        tuples[7] = Tuple::written(5, 9);
+        tuples[8] = Tuple::lost(3);
+        let mut bytes = vec![0; BLOCK];
+        assert_eq!(data_tuple(&bytes, 4, owner, 7), None);
+        encode_page(4, 77, owner, &tuples, &mut bytes);
+        for index in 0..PAGE_TUPLES {
+            let expected = (index == 7).then_some(tuples[7]);
+            assert_eq!(data_tuple(&bytes, 4, owner, index), expected, "{index}");
+        }
+        assert_eq!(data_tuple(&bytes, 5, owner, 7), None);
+        assert_eq!(data_tuple(&bytes, 4, Owner { role: 1, ..owner }, 7), None);
+        bytes[100] ^= 1;
+        assert_eq!(data_tuple(&bytes, 4, owner, 7), None);
+    }
 
     #[test]
     fn sectors_know_their_place() {

@@ -14,6 +14,8 @@ pub enum Protection {
     RowToken,
     /// LOG-2: the log forgets nothing before tuples are on their pages.
     TuplesBeforeTail,
+    /// PAGE-5: that there is no data is not believed of one copy.
+    BlankCopies,
 }
 
 #[cfg(feature = "twins")]

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use stableio_array::{Level, assemble, probe};
 use stableio_block::{Kind, Op, Reply};
-use support::{Bed, Random, flip, open_redundancy, play, wait_until};
+use support::{Bed, Open, Random, flip, open_redundancy, play, wait_until};
 
 #[test]
 fn random_operations_match_a_byte_array() {
@@ -213,6 +213,68 @@ fn flipped_bytes_of_one_member_are_mended() {
         open.check(&oracle);
         open.close();
     }
+}
+
+/// A read looks at the tuples beside its block first; where these say that
+/// there is nothing, the others are asked (PAGE-5).
+#[test]
+fn a_member_that_lost_its_tuples_hides_nothing() {
+    for (level, members) in [(Level::Raid1, 2), (Level::Raid5, 3), (Level::Raid6, 5)] {
+        let bed = Bed::new(level, members, 65536);
+        let oracle = fill_all(&bed);
+        for (member, damaged) in [vec![0; 4096], Random(6).bytes(4096)].iter().enumerate() {
+            overwrite_tuples(&bed, member, damaged);
+            let open = bed.open();
+            assert_eq!(wrong_blocks(&open, &oracle), 0, "{level:?}");
+            let mended = open.array.health().tuples_mended.load(Ordering::Relaxed);
+            assert!(mended > 0, "{:?}", open.array.health().events());
+            open.close();
+            let open = bed.open();
+            open.check(&oracle);
+            assert_eq!(open.array.health().tuples_mended.load(Ordering::Relaxed), 0);
+            open.close();
+        }
+    }
+}
+
+#[cfg(feature = "twins")]
+#[test]
+fn without_the_others_a_member_that_lost_its_tuples_hides_data() {
+    use stableio_array::twin::{Protection, without};
+    let bed = Bed::new(Level::Raid5, 3, 65536);
+    let oracle = fill_all(&bed);
+    overwrite_tuples(&bed, 0, &[0; 4096]);
+    let open = bed.open();
+    let taken = || async { without(Some(Protection::BlankCopies)) };
+    bed.worker.handle().spawn(taken).wait_opt();
+    assert!(wrong_blocks(&open, &oracle) > 100);
+    open.close();
+}
+
+/// Data everywhere.
+fn fill_all(bed: &Bed) -> Vec<u8> {
+    let open = bed.open();
+    let oracle = Random(5).bytes(open.size());
+    for (i, part) in oracle.chunks(1 << 20).enumerate() {
+        open.write((i as u64) << 20, part.to_vec()).unwrap();
+    }
+    open.close();
+    oracle
+}
+
+fn overwrite_tuples(bed: &Bed, member: usize, page: &[u8]) {
+    let geometry = probe(&bed.members[member]).unwrap().superblock.geometry;
+    let file = File::options().write(true).open(&bed.members[member]).unwrap();
+    for number in 0..geometry.pages() {
+        file.write_all_at(page, geometry.page_at(number)).unwrap();
+    }
+}
+
+/// Blocks that read as something else.
+fn wrong_blocks(open: &Open, oracle: &[u8]) -> usize {
+    let blocks = oracle.chunks(4096).enumerate();
+    let wrong = |(i, block): &(usize, &[u8])| open.read_there(*i as u64 * 4096).unwrap() != *block;
+    blocks.filter(wrong).count()
 }
 
 #[test]

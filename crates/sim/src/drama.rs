@@ -9,6 +9,7 @@ use stableio_array::geometry::Place;
 use crate::check::{Finding, block_number};
 use crate::coverage::Event;
 use crate::extract::extract;
+use crate::member::SimMember;
 use crate::model::{Crash, Pending};
 use crate::play::{BLOCK64, Play};
 use crate::random::Random;
@@ -48,6 +49,8 @@ pub(crate) struct Plan {
 enum Fault {
     /// A bit turns over.
     Flip,
+    /// A block becomes zeros.
+    Blank,
     /// A block can not be read.
     Unreadable,
     /// A few reads fail.
@@ -62,8 +65,9 @@ enum Fault {
     Death,
 }
 
-const FAULTS: [Fault; 7] = [
+const FAULTS: [Fault; 8] = [
     Fault::Flip,
+    Fault::Blank,
     Fault::Unreadable,
     Fault::Reads,
     Fault::Write,
@@ -114,7 +118,9 @@ impl Plan {
 
     /// Whether members hold what nobody wrote.
     pub(crate) fn rots(&self) -> bool {
-        self.faults.iter().any(|fault| matches!(fault, Fault::Flip | Fault::Unreadable))
+        self.faults
+            .iter()
+            .any(|fault| matches!(fault, Fault::Flip | Fault::Blank | Fault::Unreadable))
     }
 }
 
@@ -138,6 +144,7 @@ impl Play {
         world.tell(|| format!("{fault:?} on role {culprit}"));
         world.coverage.note(match fault {
             Fault::Flip => Event::FlippedBits,
+            Fault::Blank => Event::BlankedBlocks,
             Fault::Unreadable => Event::UnreadableBlocks,
             Fault::Reads => Event::FailedReads,
             Fault::Write => Event::FailedWrites,
@@ -153,6 +160,7 @@ impl Play {
                 self.rotten = true;
                 self.write_over_rot(world, culprit);
             }
+            Fault::Blank => self.blank(world, &member),
             Fault::Unreadable => {
                 let at = self.somewhere(world) / BLOCK64 * BLOCK64;
                 member.make_unreadable(at..at + BLOCK64);
@@ -164,6 +172,18 @@ impl Play {
             Fault::StallToDeath => world.stall(member, LONG, true),
             Fault::Death => member.break_down(),
         }
+    }
+
+    /// A member loses what it has somewhere: zeros are there.
+    fn blank(&mut self, world: &World, member: &SimMember) {
+        let g = world.array.superblock().geometry;
+        let at = match self.random.one_in(2) {
+            // Tuples of where most writes go.
+            true => g.page_at(self.random.below(g.pages().min(2))),
+            false => self.somewhere(world) / BLOCK64 * BLOCK64,
+        };
+        member.blank(at);
+        self.rotten = true;
     }
 
     /// Something goes wrong with a member that is being filled: it is dropped,
@@ -419,6 +439,14 @@ impl Play {
         }
         if !self.rotten {
             self.check_images(&mut world);
+        }
+        // What nobody looks at rots too.
+        if self.plan.faults.contains(&Fault::Blank) {
+            let culprit = self.random.pick(&self.plan.culprits);
+            if let Some(member) = world.members[culprit].clone() {
+                world.coverage.note(Event::BlankedBlocks);
+                self.blank(&world, &member);
+            }
         }
         world.stop(self.random.pick(&[Stop::Death, Stop::Power]))
     }

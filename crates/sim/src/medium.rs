@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use stableio_mem::BLOCK;
 
-use crate::image::{Block, Image, block_of};
+use crate::image::{Block, Image, block_of, zeros};
 use crate::random::Random;
 
 const BLOCK64: u64 = BLOCK as u64;
@@ -118,7 +118,17 @@ impl Medium {
     /// Silent corruption: turns one bit over in what a read sees.
     pub fn flip(&mut self, at: u64, bit: u8) {
         self.live.flip(at, bit);
-        let number = at / BLOCK64;
+        self.rot(at / BLOCK64);
+    }
+
+    /// Silent corruption: the block at `at` becomes zeros.
+    pub fn blank(&mut self, at: u64) {
+        self.live.put(at / BLOCK64, zeros());
+        self.rot(at / BLOCK64);
+    }
+
+    /// What is seen of a block is what would be durable, too.
+    fn rot(&mut self, number: u64) {
         if let Some(newest) = self.dirty.get_mut(&number).and_then(|d| d.since.back_mut()) {
             newest.1 = self.live.share(number);
         }

@@ -209,6 +209,11 @@ impl SimMember {
         lock(&self.disk).medium.flip(at, bit);
     }
 
+    /// Silent corruption: the block at `at` becomes zeros.
+    pub fn blank(&self, at: u64) {
+        lock(&self.disk).medium.blank(at);
+    }
+
     /// The process dies (SIM-4). What was under way is in or not, block by
     /// block: the kernel may or may not have begun it.
     pub fn crash(&self) -> Wreck {

@@ -24,7 +24,7 @@ pub enum Protection {
 
 impl Protection {
     /// All that can be taken away.
-    pub const ALL: [Protection; 9] = [
+    pub const ALL: [Protection; 10] = [
         Protection::Stabilize,
         Protection::TicketsThatDetach,
         Protection::Recovery,
@@ -34,6 +34,7 @@ impl Protection {
         Protection::Array(twin::Protection::VerifiedParity),
         Protection::Array(twin::Protection::RowToken),
         Protection::Array(twin::Protection::TuplesBeforeTail),
+        Protection::Array(twin::Protection::BlankCopies),
     ];
 
     /// Its name on the command line.
@@ -48,6 +49,7 @@ impl Protection {
             Protection::Array(twin::Protection::VerifiedParity) => "verified-parity",
             Protection::Array(twin::Protection::RowToken) => "row-token",
             Protection::Array(twin::Protection::TuplesBeforeTail) => "tuples-before-tail",
+            Protection::Array(twin::Protection::BlankCopies) => "blank-copies",
         }
     }
 

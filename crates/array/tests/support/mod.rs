@@ -116,6 +116,15 @@ impl Open {
         Ok(all)
     }
 
+    /// The same for one block by a request that begins on the worker, as those
+    /// of front ends do.
+    pub(crate) fn read_there(&self, at: u64) -> Result<Vec<u8>, Error> {
+        let stack = self.stack.clone();
+        let read = move || async move { stack.submit(Request::read_owned(at, 4096)).await };
+        let Reply::Data(data) = self.stack.worker().spawn(read).wait()? else { panic!() };
+        Ok(data.to_vec())
+    }
+
     pub(crate) fn write(&self, at: u64, bytes: Vec<u8>) -> Result<(), Error> {
         self.stack
             .submit(Request::write(at, Body::Stable(StableBuf::from_owned(bytes)), false))
