@@ -7,9 +7,10 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use stableio_array::{Level, prepare_replacement};
+use stableio_array::{Level, TendError, prepare_replacement};
 use stableio_block::{Stack, Worker};
 use stableio_testkit::{Mounted, Scratch};
 
@@ -95,6 +96,9 @@ pub(crate) fn run(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     }
     if plan.wants(REBUILD) {
         rows.push(rebuild(plan, &worker, &file)?);
+    }
+    for (name, load) in BESIDE_SCRUB.into_iter().filter(|(name, _)| plan.wants(name)) {
+        rows.push(beside_scrub(plan, &worker, name, load)?);
     }
     Ok(rows)
 }
@@ -182,6 +186,55 @@ fn rebuild(plan: &Plan, worker: &Worker, file: &Stack) -> anyhow::Result<Row> {
             false => Err(io::Error::other("the new member was left out")),
         }
     })
+}
+
+const BESIDE_SCRUB: [(&str, Load); 2] =
+    [("randread-4k-beside-scrub", READ_4K), ("randwrite-4k-beside-scrub", WRITE_4K)];
+
+/// A load on an array that is looked through all the while, and the same load on the same array
+/// alone.
+fn beside_scrub(
+    plan: &Plan,
+    worker: &Worker,
+    name: &'static str,
+    load: Load,
+) -> anyhow::Result<Row> {
+    let case = Case { family: NAME, name, unit: Unit::OpsPerS, target: Some(0.5) };
+    let bed = Bed::on_files(Shape::new(Level::Raid5, 3, AREA_BYTES), worker)?;
+    bed.fill_all()?;
+    let (mut beside, mut alone) = (plan.ours(|| Ok(true))?, plan.peer(false));
+    let row = compare(case, &mut beside, &mut alone, "the same alone", |scrubs| {
+        let rate = match scrubs {
+            true => while_scrubbing(&bed, || load.run(&bed.stack, plan.sample))?,
+            false => load.run(&bed.stack, plan.sample)?,
+        };
+        Ok(Unit::OpsPerS.of(rate, load.block))
+    });
+    bed.array.close()?;
+    Ok(row)
+}
+
+/// Runs `load` while one scrub after the other looks through the array.
+fn while_scrubbing<T: Send>(
+    bed: &Bed,
+    load: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let array = bed.array.device();
+    let scrub = || match array.begin_scrub().wait() {
+        Ok(()) | Err(TendError::Busy(_)) => Ok(()),
+        Err(error) => Err(io::Error::other(error)),
+    };
+    scrub()?;
+    let loaded = thread::scope(|scope| {
+        let load = scope.spawn(load);
+        while !load.is_finished() {
+            scrub()?;
+            thread::sleep(Duration::from_millis(1));
+        }
+        load.join().expect("a load does not panic")
+    })?;
+    array.stop_scrub().wait().map_err(io::Error::other)?;
+    Ok(loaded)
 }
 
 fn tend(

@@ -109,7 +109,8 @@ impl Bed {
         let attached = attached.collect::<anyhow::Result<_>>()?;
         let options = ArrayOptions { page_cache: shape.tuples, ..ArrayOptions::default() };
         let array = Array::over(&assembly, attached, options, worker.handle())?;
-        let stack = stack(array.device().clone(), worker)?;
+        // As when it is served: rebuild and scrub see that there are requests.
+        let stack = stack(array.device().clone(), worker)?.with_traffic(array.traffic().clone());
         fill(&stack, shape.bytes)?;
         Ok(Self { array, stack, _dir: dir })
     }

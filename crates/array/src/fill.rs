@@ -1,19 +1,20 @@
 //! Filling a member that takes a role's place, zone by zone (TEND-1, TEND-2).
 
+use stableio_block::Kind;
 use stableio_block::exec::yield_now;
-use stableio_block::{Body, Kind, Request};
 use stableio_mem::{BLOCK, PoolBuf};
-use stableio_onepass::gf;
-use std::time::Instant;
+use stableio_onepass::{add_block, gf};
+use std::ops::Range;
 
 use crate::engine::Engine;
 use crate::geometry::{Place, Role};
 use crate::health::{Health, Often};
+use crate::member::Sent;
 use crate::pages::PageSet;
 use crate::repair::{block_mut, guard_of};
-use crate::tend::NOTED_EVERY;
 use crate::tuple::{State, Tuple};
-use crate::window::{Ahead, Window, Work};
+use crate::twin::{Protection, lacks};
+use crate::window::{Ahead, ROWS, Window, Work};
 
 impl Engine {
     /// Fills the member that takes a role's place, from its first lacking
@@ -23,7 +24,7 @@ impl Engine {
         let progress = &self.health.rebuild;
         progress.begin(zones, self.zone_bytes());
         let mut since_note = 0;
-        let mut since = (Instant::now(), self.traffic.requests());
+        let mut turn = self.first_turn();
         loop {
             let first = self.members[role].next.borrow().as_ref().map(|next| {
                 progress.at(next.lacks.done(zones));
@@ -35,20 +36,30 @@ impl Engine {
                 self.note_filled().await?;
                 return Ok(());
             }
-            self.fill_zone(role, zone).await?;
+            let step = self.lacking(role, self.step_from(zone, &turn));
+            self.fill_zones(role, step).await?;
             since_note += 1;
-            if since_note >= NOTED_EVERY.min(zones / 4 + 1) {
+            if self.is_to_be_noted(since_note) {
                 self.note_filled().await?;
                 since_note = 0;
             }
-            self.give_way(&mut since).await;
+            self.give_way(&mut turn).await;
         }
         self.take_place(role).await
     }
 
+    /// The zones of a step, as far as the member lacks them.
+    fn lacking(&self, role: usize, step: Range<u64>) -> Range<u64> {
+        let next = self.members[role].next.borrow();
+        let has = |zone: &u64| next.as_ref().is_none_or(|next| next.lacks.has(*zone));
+        step.start..step.clone().find(has).unwrap_or(step.end)
+    }
+
     /// TEND-2.
     async fn note_filled(&self) -> Result<(), Kind> {
-        self.flush().await?;
+        if !lacks(Protection::FlushedZones) {
+            self.flush().await?;
+        }
         self.save(|_| {}).await
     }
 
@@ -76,33 +87,74 @@ impl Engine {
         .await
     }
 
-    async fn fill_zone(&self, role: usize, zone: u64) -> Result<(), Kind> {
+    async fn fill_zones(&self, role: usize, zones: Range<u64>) -> Result<(), Kind> {
         let g = &self.geometry;
         let memory = self.scratch.reserve(Work::bytes(g.members)).await?;
         let mut work = Work::new(memory, g.members);
-        let rows = g.zone_rows(zone);
-        let token = self.tokens.acquire(rows.clone()).await;
+        let rows = g.zone_rows(zones.clone());
+        let held = if lacks(Protection::ZoneToken) { 0..0 } else { rows.clone() };
+        let token = self.tokens.acquire(held).await;
         self.check_redundancy()?;
         let windows = self.windows(rows).await?;
-        let sources = self.sources(role);
-        let mut ahead = Ahead::new(windows, sources);
+        let mut ahead = Ahead::new(windows, self.sources(role));
+        // The window before is written while one is made.
+        let mut writing = None;
         while let Some(mut window) = self.next_window(&mut ahead, &mut work).await {
-            let filled = self.fill_window(role, &mut window, &mut work).await;
+            let (out, len) = self.fill_window(role, &mut window, &mut work).await?;
+            let (stripe, row) = g.row_at(window.rows.start);
             work.done_with(window);
-            filled?;
+            let begun = self.begin_filled(role, g.member_offset(stripe, row), out, len);
+            self.finish_filled(role, writing.replace(begun), &mut work).await?;
         }
-        for page in g.zone_pages(zone) {
-            let (stripe, row) = g.row_of(page, 0, 0);
-            let set = self.page(stripe, row).await?;
-            if let Err(error) = self.fill_page(&set, role).await {
-                self.drop_incoming(role, &error);
-            }
-        }
+        self.finish_filled(role, writing, &mut work).await?;
+        self.fill_pages(role, g.zone_pages(zones.clone()), &mut work).await?;
         if let Some(next) = &mut *self.members[role].next.borrow_mut() {
-            next.lacks.got(zone);
+            zones.for_each(|zone| next.lacks.got(zone));
         }
         drop(token);
         self.settle_members().await
+    }
+
+    /// Begins to write what was made for the member that is being filled.
+    fn begin_filled(&self, role: usize, at: u64, mut out: PoolBuf, len: usize) -> (Sent, PoolBuf) {
+        (self.write_incoming(role, at, out.target(0..len)), out)
+    }
+
+    /// Waits until it is written. Who fails is dropped, and not filled on.
+    async fn finish_filled(
+        &self,
+        role: usize,
+        begun: Option<(Sent, PoolBuf)>,
+        work: &mut Work,
+    ) -> Result<(), Kind> {
+        let Some((sent, out)) = begun else { return Ok(()) };
+        self.settled(sent).await;
+        work.give_out(out);
+        match self.members[role].next.borrow().is_some() {
+            true => Ok(()),
+            false => Err(Kind::Stopped),
+        }
+    }
+
+    /// Writes the tuples of some zones.
+    async fn fill_pages(
+        &self,
+        role: usize,
+        pages: Range<u64>,
+        work: &mut Work,
+    ) -> Result<(), Kind> {
+        for first in pages.clone().step_by(ROWS as usize) {
+            let run = first..(first + ROWS).min(pages.end);
+            let mut out = work.out();
+            for (i, page) in run.clone().enumerate() {
+                let set = self.page_numbered(page).await?;
+                self.encode_for_incoming(&set, role, block_mut(&mut out, i * BLOCK));
+            }
+            let len = (run.end - run.start) as usize * BLOCK;
+            let begun = self.begin_filled(role, self.geometry.page_at(first), out, len);
+            self.finish_filled(role, Some(begun), work).await?;
+        }
+        Ok(())
     }
 
     /// The members whose blocks make up a role's: its own, where that is
@@ -116,46 +168,28 @@ impl Engine {
         others.take(most).collect()
     }
 
-    /// Fills a role's blocks of some rows.
+    /// A role's blocks of some rows, and their bytes.
     async fn fill_window(
         &self,
         role: usize,
         window: &mut Window,
         work: &mut Work,
-    ) -> Result<(), Kind> {
+    ) -> Result<(PoolBuf, usize), Kind> {
         let g = &self.geometry;
         let mut out = work.out();
         let len = (window.rows.end - window.rows.start) as usize * BLOCK;
-        out.zero(0..len);
-        for (i, number) in window.rows.clone().enumerate() {
-            let (stripe, row) = g.row_at(number);
-            let set = self.page(stripe, row).await?;
-            let at = i * BLOCK;
-            if set.parity_guard(stripe, row).is_none()
-                || self.fill_at_once(&set, role, number, window, at, &mut out)
-            {
-                continue;
-            }
-            match g.role(stripe, role) {
-                Role::Data(column) => {
-                    let place = Place { stripe, row, column };
-                    self.fill_block(&set, place, at, &mut out, work).await;
+        let mut at = 0;
+        for (stripe, rows) in g.row_runs(window.rows.clone()) {
+            let set = self.page(stripe, rows.start).await?;
+            for row in rows {
+                out.zero(at..at + BLOCK);
+                if !self.fill_at_once(&set, role, (stripe, row), window, at, &mut out) {
+                    self.fill_one(&set, role, (stripe, row), at, &mut out, work).await;
                 }
-                parity => {
-                    let is_q = parity == Role::Q;
-                    self.fill_parity(&set, stripe, row, is_q, at, &mut out, work).await;
-                }
+                at += BLOCK;
             }
         }
-        let (stripe, row) = g.row_at(window.rows.start);
-        let body = Body::Segments(out.target(0..len));
-        let write = Request::write(g.member_offset(stripe, row), body, false);
-        if let Err(error) = self.on_device(role, true, write).await {
-            self.drop_incoming(role, &error);
-            return Err(error.kind);
-        }
-        work.give_out(out);
-        Ok(())
+        Ok((out, len))
     }
 
     /// A role's block of a row from the window alone, if all that it takes is
@@ -164,50 +198,68 @@ impl Engine {
         &self,
         set: &PageSet,
         role: usize,
-        number: u64,
+        (stripe, row): (u64, u32),
         window: &mut Window,
         at: usize,
         out: &mut PoolBuf,
     ) -> bool {
         let g = &self.geometry;
-        let (stripe, row) = g.row_at(number);
         let own = g.role(stripe, role);
         let tuple = |column| set.tuple(Place { stripe, row, column });
+        let Some(p_guard) = set.parity_guard(stripe, row) else { return true };
         let want = match own {
             Role::Data(column) if tuple(column).state != State::Written => return true,
-            Role::Data(column) => Some(tuple(column).guard),
-            Role::P => set.parity_guard(stripe, row),
-            Role::Q => {
-                Some(tuple(g.columns())).filter(|t| t.state == State::Written).map(|t| t.guard)
-            }
+            Role::Data(column) => tuple(column).guard,
+            Role::P => p_guard,
+            Role::Q if tuple(g.columns()).state != State::Written => return false,
+            Role::Q => tuple(g.columns()).guard,
         };
-        let Some(want) = want else { return false };
-        if window.came[role] || g.level.parities() == 0 {
-            let Some(from) = (0..g.members).find(|m| window.came[*m]) else { return false };
-            let block = block_of(window, from, number);
-            out.copy_from(at, &block);
-            return guard_of(out, at) == want || clear(out, at);
+        let number = g.row_number(stripe, row);
+        let is_copy = window.came[role] || g.level.parities() == 0;
+        let from = window.came.iter().position(|came| *came);
+        let mut add = |member: usize, guard: u64, coefficient: u8| {
+            let block = window.block(member, number);
+            block.is_some_and(|block| add_block(block_mut(out, at), block, coefficient) == guard)
+        };
+        let fits = if is_copy {
+            from.is_some_and(|member| add(member, want, 1))
+        } else {
+            let others = (0..g.columns()).filter(|c| own != Role::Data(*c));
+            let mut others = others.filter(|c| tuple(*c).state == State::Written);
+            let data = others.all(|column| {
+                let coefficient = if own == Role::Q { gf::exp(column) } else { 1 };
+                add(g.data_member(stripe, column), tuple(column).guard, coefficient)
+            });
+            let p = g.parity_member(stripe).filter(|_| matches!(own, Role::Data(_)));
+            data && p.is_none_or(|p| add(p, p_guard, 1))
+        };
+        if fits && guard_of(out, at) == want {
+            return true;
         }
-        for column in (0..g.columns()).filter(|c| own != Role::Data(*c)) {
-            let t = tuple(column);
-            if t.state != State::Written {
-                continue;
+        // Nothing is known of this block yet.
+        out.zero(at..at + BLOCK);
+        false
+    }
+
+    /// A role's block of a row by whatever way there is.
+    async fn fill_one(
+        &self,
+        set: &PageSet,
+        role: usize,
+        (stripe, row): (u64, u32),
+        at: usize,
+        out: &mut PoolBuf,
+        work: &mut Work,
+    ) {
+        match self.geometry.role(stripe, role) {
+            Role::Data(column) => {
+                self.fill_block(set, Place { stripe, row, column }, at, out, work).await
             }
-            let member = g.data_member(stripe, column);
-            if !window.came[member] || !t.matches(window.guard(member, number)) {
-                return clear(out, at);
+            parity => {
+                let is_q = parity == Role::Q;
+                self.fill_parity(set, stripe, row, is_q, at, out, work).await
             }
-            let coefficient = if own == Role::Q { gf::exp(column) } else { 1 };
-            gf::mul_xor_into(block_mut(out, at), &block_of(window, member, number), coefficient);
         }
-        if matches!(own, Role::Data(_)) {
-            let p = g.parity_member(stripe).expect("a level with parity");
-            if !window.came[p] {
-                return clear(out, at);
-            }
-            stableio_onepass::xor_into(block_mut(out, at), &block_of(window, p, number));
-        }
-        guard_of(out, at) == want || clear(out, at)
     }
 
     /// A data block as it should be; one that nothing gives is lost from now
@@ -219,21 +271,14 @@ impl Engine {
         at: usize,
         out: &mut PoolBuf,
         work: &mut Work,
-    ) -> bool {
+    ) {
         if set.tuple(place).state != State::Written {
-            return false;
+            return;
         }
         let bench = work.bench();
         match self.mend_held(place, bench).await {
-            Ok(_) => {
-                let block: [u8; BLOCK] = block_mut(bench, 0)[..].try_into().expect("a block");
-                out.copy_from(at, &block);
-                true
-            }
-            Err(_) => {
-                self.poison(set, place).await;
-                false
-            }
+            Ok(_) => out.copy_from(at, block_mut(bench, 0)),
+            Err(_) => self.poison(set, place).await,
         }
     }
 
@@ -258,7 +303,7 @@ impl Engine {
         at: usize,
         out: &mut PoolBuf,
         work: &mut Work,
-    ) -> bool {
+    ) {
         let g = &self.geometry;
         for column in 0..g.columns() {
             let place = Place { stripe, row, column };
@@ -270,9 +315,8 @@ impl Engine {
                 self.poison(set, place).await;
                 continue;
             }
-            let block: [u8; BLOCK] = block_mut(bench, 0)[..].try_into().expect("a block");
             let coefficient = if is_q { gf::exp(column) } else { 1 };
-            gf::mul_xor_into(block_mut(out, at), &block, coefficient);
+            gf::mul_xor_into(block_mut(out, at), block_mut(bench, 0), coefficient);
         }
         if is_q {
             let place = Place { stripe, row, column: g.columns() };
@@ -282,17 +326,5 @@ impl Engine {
                 let _ = self.change_tuple(set, place, tuple).await;
             }
         }
-        true
     }
-}
-
-fn block_of(window: &mut Window, member: usize, number: u64) -> [u8; BLOCK] {
-    let at = window.at(member, number);
-    block_mut(&mut window.buf, at)[..].try_into().expect("a block")
-}
-
-/// Nothing is known of this block yet; gives false.
-fn clear(out: &mut PoolBuf, at: usize) -> bool {
-    out.zero(at..at + BLOCK);
-    false
 }

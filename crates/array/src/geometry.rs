@@ -348,10 +348,25 @@ impl Geometry {
         (number / chunk, (number % chunk) as u32)
     }
 
-    /// The row numbers of a zone.
-    pub fn zone_rows(&self, zone: u64) -> Range<u64> {
-        let end = ((zone + 1) * self.zone_stripes()).min(self.stripes);
-        self.row_number(zone * self.zone_stripes(), 0)..self.row_number(end, 0)
+    /// Rows that follow each other as runs: those of one stripe that have
+    /// their tuples on one page.
+    pub fn row_runs(&self, rows: Range<u64>) -> impl Iterator<Item = (u64, Range<u32>)> + use<> {
+        let g = *self;
+        let mut number = rows.start;
+        std::iter::from_fn(move || {
+            let (stripe, row) = (number < rows.end).then(|| g.row_at(number))?;
+            let (_, record) = g.page_of(stripe, row);
+            let most = (g.chunk_blocks - row).min((g.page_rows() - record) as u32);
+            let count = u64::from(most).min(rows.end - number);
+            number += count;
+            Some((stripe, row..row + count as u32))
+        })
+    }
+
+    /// The row numbers of some zones.
+    pub fn zone_rows(&self, zones: Range<u64>) -> Range<u64> {
+        let end = (zones.end * self.zone_stripes()).min(self.stripes);
+        self.row_number(zones.start * self.zone_stripes(), 0)..self.row_number(end, 0)
     }
 
     /// Byte offset of the guard region.
@@ -433,10 +448,10 @@ impl Geometry {
         stripe / self.zone_stripes()
     }
 
-    /// The pages of a zone.
-    pub fn zone_pages(&self, zone: u64) -> Range<u64> {
+    /// The pages of some zones.
+    pub fn zone_pages(&self, zones: Range<u64>) -> Range<u64> {
         let per = (u64::from(self.chunk_blocks) / self.page_rows() as u64).max(1);
-        zone * per..((zone + 1) * per).min(self.pages())
+        zones.start * per..(zones.end * per).min(self.pages())
     }
 
     /// The zone of a page.
@@ -546,13 +561,23 @@ mod tests {
             assert_eq!(next, g.row_shape().stripe_blocks() * 7 + 3);
             for stripe in [0, 1, g.stripes / 2, g.stripes - 1] {
                 for row in [0, g.chunk_blocks - 1] {
-                    let zone = Some(g.zone_of(stripe));
+                    let zone = g.zone_of(stripe);
                     let (page, _) = g.page_of(stripe, row);
-                    assert_eq!(g.zone_at(g.member_offset(stripe, row)), zone);
-                    assert_eq!(g.zone_at(g.page_at(page)), zone);
-                    assert!(g.zone_pages(g.zone_of(stripe)).contains(&page), "{g:?}");
+                    assert_eq!(g.zone_at(g.member_offset(stripe, row)), Some(zone));
+                    assert_eq!(g.zone_at(g.page_at(page)), Some(zone));
+                    assert!(g.zone_pages(zone..zone + 1).contains(&page), "{g:?}");
                 }
             }
+            let rows = 3..g.zone_rows(0..1).end + 5;
+            let mut next = rows.start;
+            for (stripe, run) in g.row_runs(rows.clone()) {
+                for row in run.clone() {
+                    assert_eq!(g.row_number(stripe, row), next, "{g:?}");
+                    assert_eq!(g.page_of(stripe, row).0, g.page_of(stripe, run.start).0);
+                    next += 1;
+                }
+            }
+            assert_eq!(next, rows.end);
             let per = g.row_shape().stripe_blocks();
             for block in (0..per * 3).chain([g.size() / BLOCK64 - 1]) {
                 let p = g.place(block);

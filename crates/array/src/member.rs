@@ -23,6 +23,7 @@ use stableio_mem::{BLOCK, Pool, PoolBuf, SgList, Sums};
 use crate::engine::Engine;
 use crate::health::Health;
 use crate::superblock::Id;
+use crate::twin::{Protection, lacks};
 
 /// A role: its member, and the one that is being filled to take its place.
 pub(crate) struct Member {
@@ -185,6 +186,7 @@ impl Engine {
         let zone = self.geometry.zone_at(at);
         let left_out = role.left_out.each_ref().map(Cell::get);
         let (main, next) = (role.main(), role.incoming_at(zone));
+        let next = next.filter(|_| main.is_none() || !lacks(Protection::WritesToIncoming));
         let (main, next) = match (main, next, &op) {
             (Some(main), _, Op::Read { .. } | Op::Map { .. }) => (Some(main), None),
             (main, next, _) => (main, next),
@@ -228,6 +230,16 @@ impl Engine {
     /// Begins a write to a member that is durable when it settles.
     pub(crate) fn write_durably(&self, member: usize, at: u64, from: SgList) -> Sent {
         self.begin(member, at, write(at, from, true), true)
+    }
+
+    /// Begins a write to the member that is being filled, to a zone that it
+    /// does not have yet.
+    pub(crate) fn write_incoming(&self, member: usize, at: u64, from: SgList) -> Sent {
+        let role = &self.members[member];
+        let device = role.next.borrow().as_ref().map(|next| next.device.clone());
+        let next = device.map(|device| on(device, Request::of(write(at, from, false))));
+        let left_out = role.left_out.each_ref().map(Cell::get);
+        Sent { member, main: None, next, ours: true, left_out }
     }
 
     /// Begins a write of the log to all members that are being filled: when

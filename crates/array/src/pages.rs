@@ -23,11 +23,12 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
 use std::rc::Rc;
 
 use smallvec::SmallVec;
 use stableio_block::sync::Condition;
-use stableio_block::{Body, Error, Kind, Request, sync::join};
+use stableio_block::{Kind, sync::join};
 use stableio_mem::BLOCK;
 
 use crate::engine::Engine;
@@ -38,7 +39,7 @@ use crate::tuple::{Owner, Sector, State, Tuple, data_tuple, encode_page, parse_p
 /// Sets of pages that are written to make room in the cache.
 const WRITTEN_AT_ONCE: usize = 32;
 /// Pages that are written as one, and such runs under way at once.
-const RUN: usize = 32;
+pub(crate) const RUN: usize = 32;
 const RUNS_AT_ONCE: usize = 4;
 
 /// The cached pages of an array.
@@ -208,7 +209,11 @@ impl Cache {
 impl Engine {
     /// The page with the tuples of a row, read from the members if need be.
     pub(crate) async fn page(&self, stripe: u64, row: u32) -> Result<Rc<PageSet>, Kind> {
-        let (page, _) = self.geometry.page_of(stripe, row);
+        self.page_numbered(self.geometry.page_of(stripe, row).0).await
+    }
+
+    /// The same by the page's number.
+    pub(crate) async fn page_numbered(&self, page: u64) -> Result<Rc<PageSet>, Kind> {
         loop {
             if let Some(set) = self.pages.get(page) {
                 return Ok(set);
@@ -297,7 +302,7 @@ impl Engine {
 
     /// Reads a page from every member and puts the tuples together.
     async fn load(&self, page: u64) -> Rc<PageSet> {
-        let (set, to_mend) = self.read_copies(page).await;
+        let (set, to_mend) = self.read_copies(page..page + 1).await.remove(0);
         let set = Rc::new(set);
         for member in to_mend {
             self.mend_page(&set, member).await;
@@ -305,28 +310,35 @@ impl Engine {
         set
     }
 
-    /// A page as its copies on all members say, and the members whose copy is
-    /// damaged or old.
-    pub(crate) async fn read_copies(&self, page: u64) -> (PageSet, Vec<usize>) {
-        let mut merge = Merge::new(self.geometry, page, self.pages.slots.clone());
-        let (at, zone) = (self.geometry.page_at(page), self.geometry.zone_of_page(page));
+    /// Pages as their copies on all members say, each with the members whose
+    /// copy is damaged or old. At most [`RUN`], which the same members hold.
+    pub(crate) async fn read_copies(&self, pages: Range<u64>) -> Vec<(PageSet, Vec<usize>)> {
+        let g = &self.geometry;
+        let merge = |page| Merge::new(*g, page, self.pages.slots.clone());
+        let mut merges: Vec<Merge> = pages.clone().map(merge).collect();
+        let (at, zone) = (g.page_at(pages.start), g.zone_of_page(pages.start));
+        let len = merges.len() * BLOCK;
         let mut memory =
-            self.meta.reserve(BLOCK * self.members.len()).await.expect("smaller than the pool");
+            self.meta.reserve(len * self.members.len()).await.expect("smaller than the pool");
         let mut reads = Vec::new();
         for member in (0..self.members.len()).filter(|m| self.holds_zone(*m, zone)) {
-            let mut buf = memory.take(BLOCK);
-            let sent = self.read_member(member, at, buf.target(0..BLOCK));
+            let mut buf = memory.take(len);
+            let sent = self.read_member(member, at, buf.target(0..len));
             reads.push((member, buf, sent));
         }
         for (member, buf, sent) in reads {
+            let owner = self.owner(member);
             if let Err(error) = self.arrived(sent).await {
                 self.note_read_error(member, &error);
-                merge.add(member, None, self.owner(member));
+                merges.iter_mut().for_each(|merge| merge.add(member, None, owner));
                 continue;
             }
-            merge.add(member, Some(buf.freeze().contiguous(0, BLOCK)), self.owner(member));
+            let copies = buf.freeze();
+            for (i, merge) in merges.iter_mut().enumerate() {
+                merge.add(member, Some(copies.contiguous(i * BLOCK, BLOCK)), owner);
+            }
         }
-        merge.finish()
+        merges.into_iter().map(Merge::finish).collect()
     }
 
     /// Writes a member's copy of a page anew.
@@ -429,15 +441,10 @@ impl Engine {
         commit.done.set(commit.done.get().max(goal));
     }
 
-    /// Writes a page to the member that is being filled, which does not have
-    /// its zone yet.
-    pub(crate) async fn fill_page(&self, set: &PageSet, member: usize) -> Result<(), Error> {
-        let mut memory = self.scratch.reserve(BLOCK).await.expect("smaller than the pool");
-        let mut buf = memory.take(BLOCK);
-        set.encode(self.owner(member), buf.pieces_mut().next().expect("one block is one piece"));
-        let body = Body::Segments(buf.freeze().source());
-        let at = self.geometry.page_at(set.page);
-        self.on_device(member, true, Request::write(at, body, false)).await
+    /// The bytes of a page for the member that is being filled, which does not
+    /// have its zone yet.
+    pub(crate) fn encode_for_incoming(&self, set: &PageSet, member: usize, into: &mut [u8]) {
+        set.encode(self.owner(member), into);
     }
 }
 
@@ -487,6 +494,13 @@ impl PageSet {
         let tuples = &self.tuples.borrow()[first..first + columns];
         let written = tuples.iter().any(|t| t.state == State::Written);
         written.then(|| stableio_onepass::guard_of_xor(tuples.iter().map(Tuple::parity_guard)))
+    }
+
+    /// Whether any block of a row is written.
+    pub(crate) fn is_written(&self, stripe: u64, row: u32) -> bool {
+        let first = self.index(Place { stripe, row, column: 0 });
+        let tuples = &self.tuples.borrow()[first..first + self.geometry.columns()];
+        tuples.iter().any(|t| t.state == State::Written)
     }
 
     fn is_clean(&self) -> bool {

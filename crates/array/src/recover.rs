@@ -146,6 +146,9 @@ impl Engine {
                     State::Written => {
                         let at = column * BLOCK;
                         if self.read_payload(record, &mut row.buf, at).await != Some(true) {
+                            if lacks(Protection::ContentBackwards) {
+                                continue;
+                            }
                             return;
                         }
                     }
@@ -332,7 +335,8 @@ impl Column {
                 }
                 // A discard leaves nothing on the medium that could be lost: it
                 // is done, and what lies there is no version any more.
-                if entry.sequence < durable || record.new.state != State::Written {
+                let is_last = entry.sequence < durable || record.new.state != State::Written;
+                if is_last && !lacks(Protection::FlushedVersions) {
                     versions.clear();
                 }
                 versions.push(record.new);

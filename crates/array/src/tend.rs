@@ -1,8 +1,8 @@
 //! Long work beside requests: filling a member that takes a place, and
-//! looking through everything (scrub). Both go zone by zone, in a task of
-//! their own.
+//! looking through everything (scrub). Both go in steps of a few zones, in a
+//! task of their own.
 //!
-//! TEND-1: a zone is filled, or looked at, under the token of its rows. What
+//! TEND-1: zones are filled, or looked at, under the token of their rows. What
 //! is written to rows that the incoming member does not have yet does not go
 //! there; what is written to those that it has, does.
 //!
@@ -15,6 +15,7 @@
 //! TEND-4: one of the two at a time: a scrub waits for no member to be filled.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,8 +28,12 @@ use crate::engine::Engine;
 use crate::member::{Incoming, Lacks};
 use crate::superblock::Id;
 
-/// Zones between two notes of how far it is, at most.
-pub(crate) const NOTED_EVERY: u64 = 64;
+/// Rows of the zones that are taken together while there are no requests, so
+/// many that the devices seldom wait. Else zones go one by one: a write to
+/// their rows waits for all of a step.
+const STEP_ROWS: u64 = 1024;
+/// Steps between two notes of how far it is, at most.
+const NOTED_EVERY: u64 = 32;
 /// Longest break for requests.
 const LONGEST_BREAK: Duration = Duration::from_millis(500);
 
@@ -81,6 +86,15 @@ pub(crate) struct Tending {
     stopping: Cell<bool>,
     paused: Cell<bool>,
     changed: Condition,
+}
+
+/// The time since long work last gave way to requests.
+pub(crate) struct Turn {
+    began: Instant,
+    /// Requests before it.
+    requests: u64,
+    /// Whether there were any in the turn before.
+    crowded: bool,
 }
 
 impl Engine {
@@ -258,15 +272,34 @@ impl Engine {
         !tending.stopping.get()
     }
 
+    /// The first turn of long work, which takes it that there are requests.
+    pub(crate) fn first_turn(&self) -> Turn {
+        Turn { began: Instant::now(), requests: self.traffic.requests(), crowded: true }
+    }
+
+    /// The zones of a step from `zone` on. However small the array is, there
+    /// are several.
+    pub(crate) fn step_from(&self, zone: u64, turn: &Turn) -> Range<u64> {
+        let g = &self.geometry;
+        let rows = g.zone_stripes() * u64::from(g.chunk_blocks);
+        let most = if turn.crowded { 1 } else { (STEP_ROWS / rows).min(g.zones() / 2).max(1) };
+        zone..(zone + most).min(g.zones())
+    }
+
+    /// Whether it is to be noted how far it is, after so many steps.
+    pub(crate) fn is_to_be_noted(&self, steps: u64) -> bool {
+        steps >= NOTED_EVERY.min(self.geometry.zones() / 4 + 1)
+    }
+
     /// Gives requests their turn (TEND-3): where there were any during the
-    /// last zone, as long as that took.
-    pub(crate) async fn give_way(&self, since: &mut (Instant, u64)) {
+    /// last step, as long as that took.
+    pub(crate) async fn give_way(&self, turn: &mut Turn) {
         yield_now().await;
-        let requests = self.traffic.requests();
-        if requests > since.1 && ring::is_here() {
-            ring::sleep(since.0.elapsed().min(LONGEST_BREAK)).await;
+        let crowded = self.traffic.requests() > turn.requests;
+        if crowded && ring::is_here() {
+            ring::sleep(turn.began.elapsed().min(LONGEST_BREAK)).await;
         }
-        *since = (Instant::now(), self.traffic.requests());
+        *turn = Turn { crowded, ..self.first_turn() };
     }
 
     pub(crate) fn zone_bytes(&self) -> u64 {

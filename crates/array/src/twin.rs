@@ -16,6 +16,19 @@ pub enum Protection {
     TuplesBeforeTail,
     /// PAGE-5: that there is no data is not believed of one copy.
     BlankCopies,
+    /// RECOVER-3: content in the log counts only up to the last write of a
+    /// row that has not all of it there.
+    ContentBackwards,
+    /// RECOVER-4: what is older than a flushed version, or than a discard, is
+    /// no version.
+    FlushedVersions,
+    /// MEMBER-2: what is written to a zone that an incoming member has goes
+    /// there too.
+    WritesToIncoming,
+    /// TEND-1: a zone is filled under the token of its rows.
+    ZoneToken,
+    /// TEND-2: a zone is flushed before the superblocks say that it is there.
+    FlushedZones,
 }
 
 #[cfg(feature = "twins")]

@@ -1,6 +1,7 @@
 //! Rows of all members that long work looks at together: as they follow each
 //! other on a member, whatever stripe they are of.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use smallvec::SmallVec;
@@ -9,67 +10,95 @@ use stableio_mem::{BLOCK, PoolBuf, Reservation};
 
 use crate::engine::Engine;
 use crate::member::Sent;
-use crate::repair::{BENCH, guard_of};
+use crate::repair::{BENCH, block_mut};
 
 /// Rows of a window.
 pub(crate) const ROWS: u64 = 64;
+/// Windows that memory is for: one is looked at, the others are on their way,
+/// so that no device waits.
+const AHEAD: usize = 5;
+/// Windows that are on their way to a member that is being filled, and the
+/// one that is made meanwhile.
+const OUT: usize = 2;
 
 /// What some members have in some rows.
 pub(crate) struct Window {
     /// Row numbers.
     pub(crate) rows: Range<u64>,
     /// By member, its blocks.
-    pub(crate) buf: PoolBuf,
+    buf: PoolBuf,
     /// By member, whether it gave them.
     pub(crate) came: SmallVec<[bool; 16]>,
+    /// By member and row, once they are asked for.
+    guards: Vec<u64>,
     sent: Vec<(usize, Sent)>,
 }
 
 impl Window {
-    /// The guard of a member's block of a row.
-    pub(crate) fn guard(&mut self, member: usize, row: u64) -> u64 {
-        let at = self.at(member, row);
-        guard_of(&mut self.buf, at)
+    /// Computes the guards of all that came.
+    pub(crate) fn sum(&mut self) {
+        self.guards.resize(self.came.len() * ROWS as usize, 0);
+        let len = (self.rows.end - self.rows.start) as usize * BLOCK;
+        for member in (0..self.came.len()).filter(|member| self.came[*member]) {
+            let first = member * ROWS as usize;
+            let mut guards = &mut self.guards[first..];
+            for piece in self.buf.range_mut(first * BLOCK..first * BLOCK + len) {
+                let (of_piece, rest) = guards.split_at_mut(piece.len() / BLOCK);
+                stableio_onepass::guards_of(piece, of_piece);
+                guards = rest;
+            }
+        }
     }
 
-    /// Where a member's block of a row is.
-    pub(crate) fn at(&self, member: usize, row: u64) -> usize {
-        (member * ROWS as usize + (row - self.rows.start) as usize) * BLOCK
+    /// The guard of a member's block of a row, if it came; for which
+    /// [`sum`](Self::sum) was called.
+    pub(crate) fn guard(&self, member: usize, row: u64) -> Option<u64> {
+        self.came[member].then(|| self.guards[self.index(member, row)])
+    }
+
+    /// A member's block of a row, if it came.
+    pub(crate) fn block(&mut self, member: usize, row: u64) -> Option<&[u8]> {
+        let at = self.index(member, row) * BLOCK;
+        self.came[member].then(|| &*block_mut(&mut self.buf, at))
+    }
+
+    fn index(&self, member: usize, row: u64) -> usize {
+        member * ROWS as usize + (row - self.rows.start) as usize
     }
 }
 
-/// Windows that are read one after the other, one ahead.
+/// Windows that are read one after the other, some ahead.
 pub(crate) struct Ahead {
     rows: std::vec::IntoIter<Range<u64>>,
     members: Vec<usize>,
-    begun: Option<Window>,
+    begun: VecDeque<Window>,
 }
 
 impl Ahead {
     /// These windows, of these members.
     pub(crate) fn new(windows: Vec<Range<u64>>, members: Vec<usize>) -> Self {
-        Self { rows: windows.into_iter(), members, begun: None }
+        Self { rows: windows.into_iter(), members, begun: VecDeque::new() }
     }
 }
 
 /// Memory of a piece of long work.
 pub(crate) struct Work {
     windows: Vec<PoolBuf>,
+    outs: Vec<PoolBuf>,
     bench: Option<PoolBuf>,
     block: Option<PoolBuf>,
-    out: Option<PoolBuf>,
     memory: Reservation,
     members: usize,
 }
 
 impl Work {
-    /// Bytes for two windows, one beside them, and mending.
+    /// Bytes for windows, what is written of them, and mending.
     pub(crate) fn bytes(members: usize) -> usize {
-        (2 * members + 1) * ROWS as usize * BLOCK + BLOCK + BENCH
+        (AHEAD * members + OUT) * ROWS as usize * BLOCK + BLOCK + BENCH
     }
 
     pub(crate) fn new(memory: Reservation, members: usize) -> Self {
-        Self { windows: Vec::new(), bench: None, block: None, out: None, memory, members }
+        Self { windows: vec![], outs: vec![], bench: None, block: None, memory, members }
     }
 
     fn window(&mut self) -> PoolBuf {
@@ -98,11 +127,11 @@ impl Work {
 
     /// As many blocks as a window has rows, to be given back.
     pub(crate) fn out(&mut self) -> PoolBuf {
-        self.out.take().unwrap_or_else(|| self.memory.take(ROWS as usize * BLOCK))
+        self.outs.pop().unwrap_or_else(|| self.memory.take(ROWS as usize * BLOCK))
     }
 
     pub(crate) fn give_out(&mut self, out: PoolBuf) {
-        self.out = Some(out);
+        self.outs.push(out);
     }
 }
 
@@ -112,9 +141,9 @@ impl Engine {
         let mut windows = Vec::new();
         for first in rows.clone().step_by(ROWS as usize) {
             let window = first..(first + ROWS).min(rows.end);
-            for number in window.clone() {
-                let (stripe, row) = self.geometry.row_at(number);
-                if self.page(stripe, row).await?.parity_guard(stripe, row).is_some() {
+            for (stripe, mut rows) in self.geometry.row_runs(window.clone()) {
+                let set = self.page(stripe, rows.start).await?;
+                if rows.any(|row| set.is_written(stripe, row)) {
                     windows.push(window);
                     break;
                 }
@@ -123,29 +152,33 @@ impl Engine {
         Ok(windows)
     }
 
-    /// The next window, as it came; the one behind it is begun, so that it
-    /// comes while this one is looked at.
-    pub(crate) async fn next_window(&self, ahead: &mut Ahead, work: &mut Work) -> Option<Window> {
-        let begun = ahead.begun.take().or_else(|| self.begin_next(ahead, work));
-        ahead.begun = self.begin_next(ahead, work);
-        let mut window = begun?;
-        self.finish_window(&mut window).await;
-        Some(window)
+    /// Begins to read as many windows as there is memory for.
+    pub(crate) fn begin_windows(&self, ahead: &mut Ahead, work: &mut Work) {
+        while ahead.begun.len() < AHEAD
+            && let Some(rows) = ahead.rows.next()
+        {
+            ahead.begun.push_back(self.begin_window(rows, &ahead.members, work));
+        }
     }
 
-    fn begin_next(&self, ahead: &mut Ahead, work: &mut Work) -> Option<Window> {
-        ahead.rows.next().map(|rows| self.begin_window(rows, &ahead.members, work))
+    /// The next window, as it came. Those behind it come while it is looked
+    /// at.
+    pub(crate) async fn next_window(&self, ahead: &mut Ahead, work: &mut Work) -> Option<Window> {
+        self.begin_windows(ahead, work);
+        let mut window = ahead.begun.pop_front()?;
+        self.finish_window(&mut window).await;
+        Some(window)
     }
 
     /// Begins to read a window from some members.
     fn begin_window(&self, rows: Range<u64>, members: &[usize], work: &mut Work) -> Window {
         let came = smallvec::smallvec![false; self.members.len()];
-        let mut window = Window { rows, buf: work.window(), came, sent: Vec::new() };
+        let mut window = Window { rows, buf: work.window(), came, guards: vec![], sent: vec![] };
         let (stripe, row) = self.geometry.row_at(window.rows.start);
         let at = self.geometry.member_offset(stripe, row);
         let len = (window.rows.end - window.rows.start) as usize * BLOCK;
         for &member in members.iter().filter(|m| self.holds(**m, stripe)) {
-            let from = window.at(member, window.rows.start);
+            let from = window.index(member, window.rows.start) * BLOCK;
             let list = window.buf.target(from..from + len);
             window.sent.push((member, self.read_member(member, at, list)));
         }

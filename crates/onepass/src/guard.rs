@@ -120,6 +120,23 @@ mod tests {
     }
 
     #[test]
+    fn blocks_that_follow_each_other_and_sums_of_them() {
+        let data: Vec<u8> = (0..3 * BLOCK).map(|i| (i * 7 + i / BLOCK) as u8).collect();
+        let mut guards = [0; 3];
+        crate::guards_of(&data, &mut guards);
+        let blocks = || data.chunks_exact(BLOCK);
+        assert_eq!(guards.to_vec(), blocks().map(guard).collect::<Vec<_>>());
+        for coefficient in [1, 2, 29] {
+            let (mut sum, mut want) = (vec![5; BLOCK], vec![5; BLOCK]);
+            for (block, guard) in blocks().zip(guards) {
+                assert_eq!(crate::add_block(&mut sum, block, coefficient), guard);
+                crate::gf::mul_xor_into(&mut want, block, coefficient);
+            }
+            assert_eq!(sum, want);
+        }
+    }
+
+    #[test]
     fn zeros() {
         assert_eq!(guard_of_zeros(), guard(&[0; BLOCK]));
         assert_eq!(guard_of_xor([]), guard_of_zeros());

@@ -200,6 +200,34 @@ pub unsafe fn stable_blocks(data: &[u8], guards: &mut [u64], parities: Parities)
     unsafe { (Kernels::chosen().stable_blocks)(data, guards, parities) }
 }
 
+/// Computes the guards of stable blocks that follow each other.
+///
+/// # Panics
+///
+/// If `data.len() != guards.len() * BLOCK`.
+pub fn guards_of(data: &[u8], guards: &mut [u64]) {
+    // SAFETY: there is no parity to write to.
+    unsafe { stable_blocks(data, guards, Parities::NONE) }
+}
+
+/// Adds a stable block times `coefficient` to a sum, and computes the block's guard on the way:
+/// 1 for a term of P, [`gf::exp`] for one of Q.
+///
+/// # Panics
+///
+/// If either has not the length of a block.
+pub fn add_block(sum: &mut [u8], block: &[u8], coefficient: u8) -> u64 {
+    assert_eq!(sum.len(), BLOCK, "one block");
+    let (to, mut guard) = (Parity::Xor(sum.as_mut_ptr()), [0]);
+    let parities = match coefficient {
+        1 => Parities::only_p(to),
+        _ => Parities::only_q(to, coefficient),
+    };
+    // SAFETY: `sum` is a block of initialised bytes that nobody else holds.
+    unsafe { stable_blocks(block, &mut guard, parities) };
+    guard[0]
+}
+
 /// Copies `len` bytes of foreign memory to `dst`, each loaded once.
 ///
 /// # Errors

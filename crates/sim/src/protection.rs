@@ -24,7 +24,7 @@ pub enum Protection {
 
 impl Protection {
     /// All that can be taken away.
-    pub const ALL: [Protection; 10] = [
+    pub const ALL: [Protection; 15] = [
         Protection::Stabilize,
         Protection::TicketsThatDetach,
         Protection::Recovery,
@@ -35,6 +35,11 @@ impl Protection {
         Protection::Array(twin::Protection::RowToken),
         Protection::Array(twin::Protection::TuplesBeforeTail),
         Protection::Array(twin::Protection::BlankCopies),
+        Protection::Array(twin::Protection::ContentBackwards),
+        Protection::Array(twin::Protection::FlushedVersions),
+        Protection::Array(twin::Protection::WritesToIncoming),
+        Protection::Array(twin::Protection::ZoneToken),
+        Protection::Array(twin::Protection::FlushedZones),
     ];
 
     /// Its name on the command line.
@@ -50,6 +55,11 @@ impl Protection {
             Protection::Array(twin::Protection::RowToken) => "row-token",
             Protection::Array(twin::Protection::TuplesBeforeTail) => "tuples-before-tail",
             Protection::Array(twin::Protection::BlankCopies) => "blank-copies",
+            Protection::Array(twin::Protection::ContentBackwards) => "content-backwards",
+            Protection::Array(twin::Protection::FlushedVersions) => "flushed-versions",
+            Protection::Array(twin::Protection::WritesToIncoming) => "writes-to-incoming",
+            Protection::Array(twin::Protection::ZoneToken) => "zone-token",
+            Protection::Array(twin::Protection::FlushedZones) => "flushed-zones",
         }
     }
 

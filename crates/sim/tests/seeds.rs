@@ -69,6 +69,7 @@ fn extracted_data_is_what_the_array_reads_as() {
 fn twin_worlds_miss_every_protection_that_is_taken_away() {
     for protection in Protection::ALL {
         let options = Options { without: Some(protection), ..Options::default() };
+        // It ends with the first world that does not fit.
         let log = worlds(2000, options);
         assert!(log.findings > 0, "nobody missed {}", protection.name());
         // FLEET-1: the seed that was told replays.

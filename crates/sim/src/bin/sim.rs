@@ -36,7 +36,8 @@ struct Arguments {
     steps: u64,
     /// Take a protection away: `stabilize`, `tickets-that-detach`, `recovery`,
     /// `flushes`, `log`, `logged-guards`, `verified-parity`, `row-token`,
-    /// `tuples-before-tail`.
+    /// `tuples-before-tail`, `content-backwards`, `flushed-versions`,
+    /// `writes-to-incoming`, `zone-token`, `flushed-zones`, `blank-copies`.
     #[arg(long, value_name = "PROTECTION")]
     without: Option<Protection>,
     /// In one of so many worlds, `tools/extract.py` takes the data out of what
