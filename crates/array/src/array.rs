@@ -19,7 +19,7 @@ use stableio_mem::{BLOCK, Pass, Reservation};
 use crate::assemble::{AssembleError, Assembly};
 use crate::engine::{Engine, Parts};
 use crate::health::Health;
-use crate::log::blocks_needed;
+use crate::log::with_records;
 use crate::superblock::{Id, Superblock};
 use crate::tend::TendError;
 
@@ -356,10 +356,16 @@ impl Device for ArrayDevice {
                     engine.read(at, into, memory, issuer).await.map_err(fail)
                 })
             }
-            request => self.worker.spawn(move || async move {
-                let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
-                engine.run(request).await.map_err(fail)
-            }),
+            request => {
+                let run = move || async move {
+                    let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
+                    engine.run(request).await.map_err(fail)
+                };
+                match self.worker.is_here() {
+                    true => exec::spawn(run()),
+                    false => self.worker.spawn(run),
+                }
+            }
         }
     }
 }
@@ -439,11 +445,12 @@ fn limits(superblock: &Superblock, attached: &[Attached]) -> Limits {
         read_radius: Radius::Issuer,
         pass,
     };
-    // A request that covers no row wholly is the one that needs most, of
-    // memory and of the log.
+    // A request that covers no row wholly is the one that needs most memory;
+    // in the log, what it does to one stripe must find room at once (WRITE-5).
+    let stripe = geometry.chunk_blocks as usize * (geometry.columns() + parities);
     let too_large = |limits: &Limits| {
         let len = limits.max_transfer as usize;
-        let log = blocks_needed(len / BLOCK + 2, parities);
+        let log = with_records(stripe.min((len / BLOCK + 2) * (1 + parities)));
         limits.scratch_bytes(512, len) > REQUEST_BUDGET || log > geometry.log_blocks as usize / 2
     };
     while too_large(&limits) && limits.max_transfer > 16 << 10 {

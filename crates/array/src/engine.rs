@@ -19,6 +19,7 @@ use stableio_mem::Pool;
 
 use crate::geometry::Geometry;
 use crate::health::{Health, Often};
+use crate::join::Joiner;
 use crate::log::Log;
 use crate::member::Member;
 use crate::pages::Pages;
@@ -34,6 +35,7 @@ pub(crate) struct Engine {
     pub(crate) atomic_unit: u32,
     pub(crate) members: Vec<Member>,
     pub(crate) tokens: Tokens,
+    pub(crate) joiner: Joiner,
     pub(crate) pages: Pages,
     pub(crate) log: Log,
     pub(crate) health: Arc<Health>,
@@ -91,6 +93,7 @@ impl Engine {
             atomic_unit: superblock.atomic_unit,
             members,
             tokens: Tokens::default(),
+            joiner: Joiner::default(),
             pages: Pages::new(&geometry, page_cache),
             log,
             health,

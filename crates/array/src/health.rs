@@ -49,6 +49,8 @@ pub struct Health {
     pub tuples_mended: AtomicU64,
     /// Reads of blocks that nothing brings back.
     pub lost_reads: AtomicU64,
+    /// Stripes that the ends of two writes covered together (JOIN-1).
+    pub stripes_joined: AtomicU64,
     /// Rows looked at after the array was not shut down.
     pub rows_recovered: AtomicU64,
     /// Blocks that were lost: in such a recovery, or found so by a rebuild.

@@ -25,6 +25,7 @@ mod engine;
 mod fill;
 pub mod geometry;
 pub mod health;
+mod join;
 pub mod log;
 mod member;
 mod pages;

@@ -218,6 +218,11 @@ impl Log {
         self.changed.notify();
     }
 
+    /// Blocks that one write may put into it at once.
+    pub(crate) fn most(&self) -> usize {
+        self.blocks as usize / 2
+    }
+
     /// Whether it is so full that pages should be written.
     pub(crate) fn wants_checkpoint(&self) -> bool {
         let (used, blocks) = self.fill();
@@ -258,11 +263,15 @@ impl Log {
     }
 }
 
-/// Blocks of the log that a write of `blocks` blocks may need, with as many
-/// blocks of each parity.
-pub(crate) fn blocks_needed(blocks: usize, parities: usize) -> usize {
-    let records = blocks * (1 + parities);
-    records + records.div_ceil(RECORDS)
+/// Blocks of the log that the content of so many blocks takes, and its
+/// records.
+pub(crate) fn with_records(blocks: usize) -> usize {
+    blocks + records_needed(blocks)
+}
+
+/// Blocks that so many records take.
+pub(crate) fn records_needed(records: usize) -> usize {
+    records.div_ceil(RECORDS)
 }
 
 impl Engine {
@@ -293,7 +302,8 @@ impl Engine {
             // Who is ready too comes along: on fast members nobody would wait
             // long enough to meet others here.
             yield_now().await;
-            self.write_batch(log.take_batch()).await;
+            // Large, and once for many writes: kept out of their futures.
+            Box::pin(self.write_batch(log.take_batch())).await;
             log.busy.set(false);
             log.changed.notify();
         }

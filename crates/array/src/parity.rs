@@ -41,7 +41,7 @@ impl Engine {
         let over_old = self.reads_over_old(band) < self.reads_of_kept(band);
         let first = self.partial_parities(band, over_old, sheet).await;
         let mut sum = match first {
-            Err(Kind::Lost) => self.partial_parities(band, !over_old, sheet).await?,
+            Err(Kind::Lost) => Box::pin(self.partial_parities(band, !over_old, sheet)).await?,
             done => done?,
         };
         for (column, cover) in band.covers.iter().enumerate() {
@@ -175,7 +175,8 @@ impl Engine {
         sheet: &mut Sheet,
     ) -> Result<Parities<PoolBuf>, Kind> {
         let columns = (0..band.covers.len()).filter(|c| which(band.covers[*c]));
-        let begun: SmallVec<[Fetch; 4]> = columns
+        // One mostly: the block of a small write.
+        let begun: SmallVec<[Fetch; 1]> = columns
             .map(|column| self.begin_fetch(band.stripe, column, band.rows.clone(), sheet))
             .collect();
         let mut failure = None;

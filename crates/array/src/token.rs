@@ -1,7 +1,8 @@
 //! Row tokens: whoever changes or mends rows holds them.
 //!
-//! TOKEN-1: a request takes one range of rows, all at once, first come first
-//! served; so waiting is never in a circle.
+//! TOKEN-1: a request, or a part of one that is written apart (JOIN-1), takes
+//! one range of rows, all at once, first come first served, and no other while
+//! it holds that; so waiting is never in a circle.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

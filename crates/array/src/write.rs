@@ -10,25 +10,39 @@
 //! WRITE-4: the new content goes into the log too where its being written in
 //! part could cost more than itself: of rows that are not written wholly,
 //! while a member is missing, and where power failure tears blocks.
+//!
+//! WRITE-5: what the log does not take at once is written in several steps,
+//! each of whole bands and with all of WRITE-3, under the one token.
 
 use std::ops::Range;
 use std::rc::Rc;
 
 use smallvec::SmallVec;
-use stableio_block::{Body, Kind, path::Stage, sync::join};
+use stableio_block::path::{InStage, Stage};
+use stableio_block::{Body, Kind, sync::join};
 use stableio_mem::{BLOCK, PoolBuf, PromisedBuf, Reservation, SgList, StableBuf, Sums};
 use stableio_onepass::gf;
 
 use crate::bands::{Band, Cover, bands};
 use crate::engine::Engine;
 use crate::geometry::{Geometry, Place};
-use crate::log::{P_COLUMN, Record};
+use crate::log::{P_COLUMN, Record, records_needed, with_records};
 use crate::member::Sent;
 use crate::pages::PageSet;
 use crate::parity::Parities;
 use crate::repair::{BENCH, block_mut, guard_of};
 use crate::tuple::{State, Tuple};
 use crate::twin::{Protection, lacks};
+
+/// A write, or a part of one: what the stack sampled, and the memory that it
+/// may need.
+pub(crate) struct Part {
+    pub(crate) at: u64,
+    pub(crate) len: usize,
+    pub(crate) payload: Payload,
+    pub(crate) sums: Sums,
+    pub(crate) memory: Reservation,
+}
 
 /// What a write puts in its range.
 pub(crate) enum Payload {
@@ -44,6 +58,8 @@ pub(crate) struct Sheet {
     pub(crate) payload: Payload,
     pub(crate) sums: Sums,
     changes: Vec<Change>,
+    /// How many of them the log takes the content of.
+    contents: usize,
     writes: Vec<MemberWrite>,
     pub(crate) memory: Reservation,
     sets: Vec<Rc<PageSet>>,
@@ -64,7 +80,7 @@ pub(crate) struct Fetch {
     stripe: u64,
     pub(crate) column: usize,
     rows: Range<u32>,
-    tuples: SmallVec<[Tuple; 16]>,
+    tuples: SmallVec<[Tuple; 2]>,
     buf: PoolBuf,
     read: Option<(usize, Sent)>,
 }
@@ -118,6 +134,16 @@ impl Sheet {
         self.sets.iter().find(|s| s.number() == page).expect("loaded before the bands are prepared")
     }
 
+    fn change(&mut self, place: Place, new: Tuple, logged: Option<SgList>) {
+        self.contents += usize::from(logged.is_some());
+        self.changes.push(Change { place, new, logged });
+    }
+
+    /// Blocks of the log that the changes take.
+    fn log_blocks(&self) -> usize {
+        self.contents + records_needed(self.changes.len())
+    }
+
     /// What the log has to know.
     fn records(&mut self, g: &Geometry) -> Vec<Record> {
         let mut changes = std::mem::take(&mut self.changes);
@@ -165,7 +191,11 @@ impl Engine {
             Body::Promised(buf) => Payload::Promised(buf),
             Body::Foreign(_) | Body::Segments(_) => return Err(Kind::Unsupported),
         };
-        self.change(at, len, payload, sums, memory).await
+        let part = Part { at, len, payload, sums, memory };
+        match self.whole_stripes(&part) {
+            Some(whole) => Box::pin(self.write_apart(part, whole)).await,
+            None => self.change(part).await,
+        }
     }
 
     /// Makes whole blocks unwritten, in pieces that share no page, and tells
@@ -184,7 +214,8 @@ impl Engine {
                 let need =
                     g.row_shape().partial_rows(start, len) * (g.columns() + 5) * BLOCK + BENCH;
                 let memory = self.scratch.reserve(need).await?;
-                self.change(start, len, Payload::Nothing, Sums::default(), memory).await?;
+                let (payload, sums) = (Payload::Nothing, Sums::default());
+                self.change(Part { at: start, len, payload, sums, memory }).await?;
             }
             start = stop;
         }
@@ -201,14 +232,9 @@ impl Engine {
         Ok(false)
     }
 
-    async fn change(
-        &self,
-        at: u64,
-        len: usize,
-        payload: Payload,
-        sums: Sums,
-        memory: Reservation,
-    ) -> Result<(), Kind> {
+    /// Writes a part, by itself.
+    pub(crate) async fn change(&self, part: Part) -> Result<(), Kind> {
+        let Part { at, len, payload, sums, memory } = part;
         let mut stage = self.traffic.enter(Stage::Token);
         let bands = bands(&self.geometry, at, len);
         let token = self.tokens.acquire(self.rows_of(&bands)).await;
@@ -217,28 +243,50 @@ impl Engine {
         stage.advance(Stage::Lack);
         let (changes, writes, sets) =
             (Vec::with_capacity(len / BLOCK + 2), Vec::new(), self.sets_of(&bands).await?);
-        let mut sheet = Sheet { at, payload, sums, changes, writes, memory, sets, bench: None };
+        let (contents, bench) = (0, None);
+        let mut sheet = Sheet { at, payload, sums, changes, contents, writes, memory, sets, bench };
         for band in &bands {
+            if sheet.log_blocks() + self.most_logged(band) > self.log.most() {
+                Box::pin(self.carry_out(&mut sheet, &mut stage)).await?;
+                sheet.changes.clear();
+                sheet.contents = 0;
+                stage = self.traffic.enter(Stage::Lack);
+            }
             self.prepare(band, &mut sheet).await?;
         }
+        self.carry_out(&mut sheet, &mut stage).await?;
+        if matches!(sheet.payload, Payload::Nothing) {
+            Box::pin(self.release_rows(&bands, &sheet)).await;
+        }
+        drop(token);
+        Ok(())
+    }
 
+    /// Does to the members what the sheet says, and waits until they have
+    /// settled (WRITE-3).
+    async fn carry_out(&self, sheet: &mut Sheet, stage: &mut InStage) -> Result<(), Kind> {
         stage.advance(Stage::Log);
         let logged = self.log(sheet.records(&self.geometry)).await?;
 
         stage.advance(Stage::Members);
-        let memory_fault = self.write_members(&mut sheet).await;
+        let memory_fault = self.write_members(sheet).await;
 
         stage.advance(Stage::Settle);
         self.settle_members().await?;
         if let Some(kind) = memory_fault {
-            self.undo_fault(&mut sheet).await;
+            Box::pin(self.undo_fault(sheet)).await;
             return Err(kind);
         }
-        if matches!(sheet.payload, Payload::Nothing) {
-            self.release_rows(&bands, &sheet).await;
-        }
-        drop((logged, token));
+        drop(logged);
         Ok(())
+    }
+
+    /// Blocks of the log that a band takes at most: with the content of all
+    /// that it covers, and of the parity.
+    fn most_logged(&self, band: &Band) -> usize {
+        let covered = band.covers.iter().filter(|c| **c != Cover::None).count();
+        let blocks = band.rows.len() * (covered + self.geometry.level.parities());
+        with_records(blocks)
     }
 
     /// The one range of rows that a write needs (TOKEN-1).
@@ -270,7 +318,7 @@ impl Engine {
         for (column, cover) in band.covers.iter().enumerate() {
             merged.push(match *cover {
                 Cover::Part { from, len, payload } => {
-                    Some(self.merge(band, column, from, len, payload, sheet).await?)
+                    Some(Box::pin(self.merge(band, column, from, len, payload, sheet)).await?)
                 }
                 _ => None,
             });
@@ -293,7 +341,7 @@ impl Engine {
                         let new = sheet.new_tuple(from);
                         let content = log_content && new.state == State::Written;
                         let logged = content.then(|| sheet.payload.source(from, BLOCK));
-                        sheet.changes.push(Change { place: place(row), new, logged });
+                        sheet.change(place(row), new, logged);
                     }
                     sheet.payload.source(payload, band.rows.len() * BLOCK)
                 }
@@ -302,7 +350,7 @@ impl Engine {
                     let guard = stableio_onepass::guard(block.contiguous(0, BLOCK));
                     let new = Tuple::written(guard, self.block_number(place));
                     let logged = log_content.then(|| block.source());
-                    sheet.changes.push(Change { place, new, logged });
+                    sheet.change(place, new, logged);
                     block.source()
                 }
                 (Cover::Part { .. }, None) => unreachable!("merged above"),
@@ -346,7 +394,7 @@ impl Engine {
                 };
                 let logged = block.filter(|_| log_content).map(|block| block.source());
                 if is_q || logged.is_some() {
-                    sheet.changes.push(Change { place, new, logged });
+                    sheet.change(place, new, logged);
                 }
             }
             if let (Some(member), Some(blocks)) = (member, blocks) {
@@ -405,7 +453,7 @@ impl Engine {
         let g = &self.geometry;
         let mut buf = sheet.memory.take(rows.len() * BLOCK);
         let tuple = |row| sheet.set(g, stripe, row).tuple(Place { stripe, row, column });
-        let tuples: SmallVec<[Tuple; 16]> = rows.clone().map(tuple).collect();
+        let tuples: SmallVec<[Tuple; 2]> = rows.clone().map(tuple).collect();
         let member = g.data_member(stripe, column);
         let wanted = tuples.iter().any(|t| t.state == State::Written) && self.holds(member, stripe);
         let read = wanted.then(|| {
@@ -442,7 +490,8 @@ impl Engine {
                             || lacks(Protection::VerifiedParity)) => {}
                 State::Written => {
                     let bench = sheet.bench();
-                    self.mend_held(Place { stripe, row, column }, bench).await?;
+                    // Rare, and large: kept out of the futures of all writes.
+                    Box::pin(self.mend_held(Place { stripe, row, column }, bench)).await?;
                     let block: [u8; BLOCK] = block_mut(bench, 0)[..].try_into().expect("a block");
                     buf.copy_from(i * BLOCK, &block);
                 }

@@ -56,10 +56,7 @@ impl Limits {
             // Without rows only the two ends need their old block.
             return if self.pass.guards { 6 * stableio_mem::BLOCK } else { 0 };
         };
-        // Every data column, each old parity, each new parity, and the merged
-        // block of a sub-block end; once more for a row that has to be mended
-        // on the way.
-        let blocks = rows.columns as usize + 1 + 2 * usize::from(rows.parities);
-        (rows.partial_rows(at, len) + 1) * blocks * stableio_mem::BLOCK
+        // Once more for a row that has to be mended on the way.
+        (rows.partial_rows(at, len) + 1) * rows.row_scratch() * stableio_mem::BLOCK
     }
 }

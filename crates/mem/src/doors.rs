@@ -57,6 +57,25 @@ pub struct Sums {
     pub spans: Vec<ParitySpan>,
 }
 
+impl Sums {
+    /// What was computed of a part of the bytes: `len` of them at `at`, cut
+    /// where stripes end.
+    pub fn part(&self, rows: RowShape, at: u64, len: usize) -> Sums {
+        let whole = whole_blocks(at, len);
+        let first = (whole.start - self.first_block) as usize;
+        let guards = &self.guards[first..first + whole.clone().count()];
+        let stripes = whole.start / rows.stripe_blocks()..whole.end.div_ceil(rows.stripe_blocks());
+        let spans = self.spans.iter().filter(|span| stripes.contains(&span.stripe));
+        Sums {
+            first_block: whole.start,
+            guards: SmallVec::from_slice(guards),
+            parity: self.parity.clone(),
+            q: self.q.clone(),
+            spans: spans.cloned().collect(),
+        }
+    }
+}
+
 impl Pass {
     /// Bytes of parity that a write of `len` bytes at `at` produces: what to
     /// reserve beside the payload.

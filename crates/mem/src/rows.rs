@@ -93,6 +93,13 @@ impl RowShape {
         u64::from(self.chunk_blocks) * u64::from(self.columns)
     }
 
+    /// Blocks of memory that it may take to write a part of a row: every data
+    /// column, each old parity, each new parity, and the merged block of a
+    /// sub-block end.
+    pub fn row_scratch(&self) -> usize {
+        self.columns as usize + 1 + 2 * usize::from(self.parities)
+    }
+
     /// The stripes that the whole blocks of `at..at + len` touch, ascending.
     pub fn spans(&self, at: u64, len: usize) -> impl Iterator<Item = StripeSpan> + use<> {
         let shape = *self;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::foreign::{KeepAlive, Segment, Segments, clip};
 use crate::pool::Backing;
 use crate::sg::SgList;
+use crate::units::BLOCK;
 
 /// Bytes that nobody changes: a slice of a buffer, shared by count.
 ///
@@ -53,6 +54,21 @@ impl StableBuf {
             keep: Keep::Owned(keep),
         };
         Self { len: extent.len, inner: Arc::new(inner), from: 0 }
+    }
+
+    /// Buffers as one, in their order; no bytes are copied.
+    ///
+    /// # Panics
+    ///
+    /// When a block would lie in two pieces: every piece of every buffer must
+    /// be whole blocks.
+    pub fn joined(parts: Vec<StableBuf>) -> Self {
+        let extents: Segments =
+            parts.iter().flat_map(|p| clip(&p.inner.extents, p.from, p.len)).collect();
+        assert!(extents.iter().all(|e| e.len.is_multiple_of(BLOCK)), "whole blocks: {extents:?}");
+        let len = extents.iter().map(|e| e.len).sum();
+        let keep = Keep::Owned(Arc::new(parts));
+        Self::from_inner(Arc::new(Inner { extents, len, keep }))
     }
 
     /// Bytes.
@@ -155,5 +171,17 @@ mod tests {
         assert_eq!(s.to_vec(), [15, 16, 17, 18, 19]);
         assert_eq!(s.contiguous(1, 2), [16, 17]);
         assert!(s.slice(2..2).is_empty());
+    }
+
+    #[test]
+    fn joined_buffers_are_one() {
+        let b = StableBuf::from_owned((0..3 * BLOCK).map(|i| (i / 100) as u8).collect::<Vec<_>>());
+        let (front, back) = (b.slice(0..BLOCK), b.slice(BLOCK..3 * BLOCK));
+        let swapped = StableBuf::joined(vec![back.clone(), front.clone()]);
+        assert_eq!(swapped.to_vec(), [back.to_vec(), front.to_vec()].concat());
+        assert_eq!(swapped.contiguous(2 * BLOCK + 5, 7), front.contiguous(5, 7));
+        let cut = vec![b.slice(0..100), b.slice(100..BLOCK)];
+        let joined = std::panic::AssertUnwindSafe(|| StableBuf::joined(cut));
+        assert!(std::panic::catch_unwind(joined).is_err());
     }
 }

@@ -48,6 +48,7 @@ pub enum Event {
     Discards,
     DiscardedRowsPartlyRewritten,
     DroppedTickets,
+    StripesJoined,
     Reads,
     RacingReads,
 }
@@ -97,12 +98,13 @@ impl Event {
         Event::Discards,
         Event::DiscardedRowsPartlyRewritten,
         Event::DroppedTickets,
+        Event::StripesJoined,
         Event::Reads,
         Event::RacingReads,
     ];
 
     /// Those that many worlds must go through at least once in a hundred.
-    pub const NEEDED: [Event; 11] = [
+    pub const NEEDED: [Event; 12] = [
         Event::CrashesInLogWrites,
         Event::TornLogBlocks,
         Event::TornDataBlocks,
@@ -113,6 +115,7 @@ impl Event {
         Event::PrivateRereads,
         Event::LostBlocks,
         Event::DiscardedRowsPartlyRewritten,
+        Event::StripesJoined,
         Event::SplitBrainsRefused,
     ];
 
@@ -161,6 +164,7 @@ impl Event {
             Event::Discards => "discards and writes of zeros",
             Event::DiscardedRowsPartlyRewritten => "discarded rows partly rewritten",
             Event::DroppedTickets => "dropped tickets",
+            Event::StripesJoined => "stripes joined of two writes",
             Event::Reads => "reads",
             Event::RacingReads => "racing reads",
         }

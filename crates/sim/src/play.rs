@@ -26,6 +26,8 @@ pub(crate) const BLOCK64: u64 = BLOCK as u64;
 pub const STEPS: u64 = 4_000;
 /// Writes under way at once, at most.
 const FLIGHTS: usize = 4;
+/// Those of a stream that begins.
+const STREAM: usize = 3;
 
 /// What worlds are played.
 #[derive(Debug, Clone, Copy)]
@@ -198,6 +200,9 @@ impl Play {
         if self.flights.len() + self.ghosts.len() >= FLIGHTS {
             return;
         }
+        if self.flights.len() + self.ghosts.len() + STREAM <= FLIGHTS && self.random.one_in(4) {
+            return self.begin_stream(world);
+        }
         let kind = match self.random.below(8) {
             0 => Kind::Zeros,
             1 => Kind::Discard,
@@ -214,6 +219,22 @@ impl Play {
         };
         if self.write_to(world, kind, at, len) && over_discarded {
             world.coverage.note(Event::DiscardedRowsPartlyRewritten);
+        }
+    }
+
+    /// Begins writes that each go on where the one before ends: the last part
+    /// of one and the first of the next may be one stripe (JOIN-2).
+    fn begin_stream(&mut self, world: &mut World) {
+        let stripe = world.array.superblock().geometry.row_shape().stripe_blocks();
+        let mut at = self.random.below(2 * stripe) * BLOCK64;
+        for _ in 0..STREAM {
+            let kind = self.random.pick(&[Kind::Ours, Kind::Racing]);
+            let len = BLOCK * self.random.between(stripe as usize, 2 * stripe as usize);
+            if !self.write_to(world, kind, at, len) {
+                return;
+            }
+            at += len as u64;
+            world.run(self.random.below(12));
         }
     }
 

@@ -829,6 +829,7 @@ impl World {
         coverage.add(Event::CrashesInScrubs, u64::from(scrubbing));
         coverage.add(Event::PrivateRereads, read(&health.benign_mismatches));
         coverage.add(Event::BlocksMended, read(&health.blocks_mended));
+        coverage.add(Event::StripesJoined, read(&health.stripes_joined));
         coverage.add(Event::RowsRecovered, read(&health.rows_recovered));
         coverage.add(Event::LostBlocks, read(&health.blocks_lost));
         coverage.note(match stop {
