@@ -44,8 +44,11 @@ const HANDED_OVER: usize = 8;
 /// Fewer of those that keep it busy for long.
 const LONG_HANDED_OVER: usize = 5;
 const LONG: usize = 512 << 10;
-/// Fewer of these for writes: that thread carries them out one by one.
+/// Fewer of these for writes, of which that thread carries out one after the
+/// other: so many, or so many short ones.
 const WRITES_HANDED_OVER: usize = 2;
+const SHORT_WRITES_HANDED_OVER: usize = 4;
+const SHORT: usize = 320 << 10;
 
 thread_local! {
     /// Transfers of files in memory that this worker has handed over.
@@ -54,6 +57,7 @@ thread_local! {
 
 fn most_handed_over(op: OpName, len: usize) -> usize {
     match op {
+        OpName::Write if len < SHORT => SHORT_WRITES_HANDED_OVER,
         OpName::Write => WRITES_HANDED_OVER,
         _ if len >= LONG => LONG_HANDED_OVER,
         _ => HANDED_OVER,
