@@ -18,7 +18,7 @@ from collections import defaultdict
 INTENDED = 1 << 63
 BLOCK = 4096
 ZERO = bytes(BLOCK)
-UNWRITTEN, WRITTEN, LOST = 0, 1, 2
+UNWRITTEN, WRITTEN, LOST, UNGUARDED = 0, 1, 2, 3
 NONE = (0, 0, UNWRITTEN, 0)  # the tuple of an unwritten block
 
 
@@ -100,7 +100,8 @@ class Superblock:
         (self.format, self.flags, self.array, self.member, self.generation, self.epoch, _,
          self.level, self.n, self.role, checksum, self.c, self.stripes, self.size, name,
          self.log, _, self.log_from, _) = struct.unpack_from("<II16s16sQQQBBBBIQQ64sIIQQ", block, 8)
-        if self.format != 1 or checksum != 1:
+        self.checksums = checksum == 1
+        if self.format != 1 or checksum > 1:
             raise ValueError(f"format {self.format}, checksum {checksum}: not known here")
         self.name = name.rstrip(b"\0").decode("utf-8", "replace")
         self.table = block[256:1280]
@@ -254,8 +255,14 @@ class Write:
 
 
 def tuple_at(data, at):
-    """Guard, application tag, state, reference tag."""
-    return struct.unpack_from("<QHHI", data, at)
+    """Guard, application tag, state, reference tag; guard None where a written block's was not kept."""
+    found, application, state, reference = struct.unpack_from("<QHHI", data, at)
+    return (None, application, WRITTEN, reference) if state == UNGUARDED else (found, application, state, reference)
+
+
+def fits(t, block):
+    """Whether this may be a block of the tuple."""
+    return t[2] == WRITTEN and (t[0] is None or t[0] == guard(block))
 
 
 def read_log(s, by_role):
@@ -360,7 +367,7 @@ class Array:
                 if not any(sector):
                     sectors[i] = (0, sector)
                 elif (number, array, of) == (q * 8 + i, s.array[:4], role) and crc(sector[8:]) == value:
-                    possible = max(sector[42::16]) <= LOST and not any(sector[43::16])
+                    possible = max(sector[42::16]) <= UNGUARDED and not any(sector[43::16])
                     sectors[i] = (sequence, sector) if possible else None
             blank = blank and (m is None or page == ZERO)
             pages.append(sectors)
@@ -428,22 +435,26 @@ class Array:
         for k, t in enumerate(tuples):
             for role in columns[k] if t and t[2] == WRITTEN else ():
                 block = self.block(role, stripe, row)
-                if block and guard(block) == t[0]:
+                if block and fits(t, block):
                     blocks[k] = block
                 elif self.by_role[role]:
                     self.misfits += 1
         p, q = self.block(p_role, stripe, row), self.block(q_role, stripe, row)
-        if p and None not in tuples:
+        if not s.checksums:
+            # Nothing tells whether parity has in it what was lost.
+            known = all(t and t[2] != LOST for t in tuples)
+            p, q = known and p, known and of_q and of_q[2] == WRITTEN and q
+        elif p and None not in tuples:
             expected = 0 if s.d % 2 else ZERO_GUARD
             for t in tuples:
                 expected ^= t[0] if t[2] == WRITTEN else ZERO_GUARD
             if guard(p) != expected:
                 self.misfits, p = self.misfits + 1, None
-        if q and of_q and guard(q) != of_q[0]:
+        if q and of_q and not fits(of_q, q):
             self.misfits, q = self.misfits + 1, None
         unknown = [k for k in range(s.d) if blocks[k] is None]
         for found in reconstruct(s, blocks, unknown, p, q) if unknown else ():
-            if all(tuples[k] is None or guard(b) == tuples[k][0] for k, b in zip(unknown, found)):
+            if all(tuples[k] is None or fits(tuples[k], b) for k, b in zip(unknown, found)):
                 for k, block in zip(unknown, found):
                     if tuples[k]:
                         blocks[k] = block
@@ -472,13 +483,18 @@ class Array:
 
         # 1. Whole writes, the last ones first.
         p, q = self.block(p_role, stripe, row), self.block(q_role, stripe, row)
+        last = next((write for write in reversed(writes) if min(write.columns) < s.d), None)
+        if not s.checksums:
+            # The medium's are those of the row only where no write may have been under way.
+            lost = any(not t or t[2] == LOST for t in tuples)
+            p, q = None if last or lost else p, None
         for write in reversed(writes):
             if not write.whole(s.d):
                 break
             for k, (_, new, content) in write.columns.items():
                 if k < s.d and states[k] is None:
                     settle(k, new, content)
-            if write is writes[-1]:
+            if write is last:
                 p = write.columns.get(255, (0, 0, None))[2] or p
                 q = write.columns.get(s.d, (0, 0, None))[2] or q
         # 2. The newest version that some member has.
@@ -487,19 +503,21 @@ class Array:
             if states[k] is not None:
                 continue
             changes = [(w.sequence, *w.columns[k][:2]) for w in writes if k in w.columns]
-            found = [changes[0][1]] + [new for _, _, new in changes] if changes else [tuples[k]]
+            # What fits anything is no evidence of what was there before.
+            before = [None if old[0] is None else old for _, old, _ in changes[:1]]
+            found = before + [new for _, _, new in changes] if changes else [tuples[k]]
             flushed = [i for i, (sequence, _, _) in enumerate(changes, 1) if sequence < self.durable]
             discards = [i for i, (_, _, new) in enumerate(changes, 1) if new[2] == UNWRITTEN]
             start = max([0] + flushed + discards)
             versions[k], later[k] = found[start:], len(found) - 1 - start
             media = [b for b in (self.block(role, stripe, row) for role in columns[k]) if b]
             absent[k] = not media
-            guards = {guard(b): b for b in media}
             for t in reversed(versions[k]):
                 if t is None:
                     continue
-                if t[2] == WRITTEN and t[0] in guards:
-                    settle(k, t, guards[t[0]])
+                block = next((b for b in media if fits(t, b)), None)
+                if block:
+                    settle(k, t, block)
                     break
                 if t[2] != WRITTEN and len(versions[k]) == 1 or t[2] == UNWRITTEN and start in discards and media:
                     settle(k, t, ZERO)
@@ -509,10 +527,10 @@ class Array:
         def from_parity():
             unknown = [k for k in range(s.d) if states[k] is None]
             for found in reconstruct(s, blocks, unknown, p, q) if unknown else ():
-                fits = [next((t for t in reversed(versions[k]) if t and t[2] == WRITTEN and t[0] == guard(b)), None)
-                        for k, b in zip(unknown, found)]
-                if all(fits):
-                    for k, t, b in zip(unknown, fits, found):
+                which = [next((t for t in reversed(versions[k]) if t and fits(t, b)), None)
+                         for k, b in zip(unknown, found)]
+                if all(which):
+                    for k, t, b in zip(unknown, which, found):
                         settle(k, t, b)
                     return
 

@@ -71,6 +71,7 @@ impl Shape {
             members: members.clone(),
             force: false,
             log: self.log,
+            checksums: true,
             atomic_unit: Some(self.atomic_unit),
         })?;
         Ok(members)

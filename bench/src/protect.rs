@@ -247,6 +247,7 @@ fn assembly(level: Level) -> anyhow::Result<Assembly> {
         in_use: false,
         // What is compared is the way of the payload.
         log: false,
+        checksums: true,
         created: 0,
         geometry,
         atomic_unit: 4096,

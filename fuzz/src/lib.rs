@@ -88,6 +88,7 @@ fn probes(shape: u8) -> Vec<Probe> {
             epoch: 2,
             in_use: false,
             log: true,
+            checksums: true,
             created: 0,
             geometry,
             atomic_unit: 4096,

@@ -10,8 +10,8 @@ use std::time::Duration;
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::path::Traffic;
 use stableio_block::{
-    Cache, Device, Error, Handle, Into, Issuer, Kind, Limits, Op, OpName, Outcome, Radius, Request,
-    Ticket,
+    Body, Cache, Device, Error, Handle, Into, Issuer, Kind, Limits, Op, OpName, Outcome, Radius,
+    Request, Ticket,
 };
 use stableio_block::{exec, ring};
 use stableio_mem::{BLOCK, Pass, Reservation};
@@ -48,6 +48,7 @@ pub struct ArrayDevice {
     key: u64,
     name: Arc<str>,
     limits: Limits,
+    checksums: bool,
     worker: Handle,
 }
 
@@ -176,8 +177,9 @@ impl Array {
             traffic: traffic.clone(),
             page_cache: options.page_cache,
         };
-        let device =
-            Arc::new(ArrayDevice { key, name: name.clone(), limits, worker: worker.clone() });
+        let (checksums, worker_of) = (superblock.checksums, worker.clone());
+        let device = ArrayDevice { key, name: name.clone(), limits, checksums, worker: worker_of };
+        let device = Arc::new(device);
         let crashed = assembly.crashed;
         let opened = worker.spawn(move || async move {
             let fail = |kind| Error { kind, op: OpName::Open, device: name.clone(), at: 0, len: 0 };
@@ -341,6 +343,11 @@ impl Device for ArrayDevice {
     fn submit(&self, request: Request) -> Ticket<Outcome> {
         let key = self.key;
         let fail = self.failure_of(&request);
+        // Nothing would find out that the promise was broken, and the row's
+        // other blocks would suffer.
+        if !self.checksums && matches!(request.op, Op::Write { body: Body::Promised(_), .. }) {
+            return Ticket::ready(Err(fail(Kind::Unsupported)));
+        }
         // On its own worker a read begins at once, and has tasks of its own,
         // which are smaller than one for everything.
         match request {

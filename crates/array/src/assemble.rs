@@ -354,6 +354,7 @@ mod tests {
                 epoch: 2,
                 in_use: false,
                 log: true,
+                checksums: true,
                 created: 0,
                 geometry,
                 atomic_unit: 4096,

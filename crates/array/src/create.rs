@@ -31,6 +31,8 @@ pub struct CreateOptions {
     pub force: bool,
     /// Whether the array gets a log.
     pub log: bool,
+    /// Whether it keeps the guards of its blocks.
+    pub checksums: bool,
     /// What power failure does not tear on any member: 512 or 4096 bytes;
     /// `None` asks the host.
     pub atomic_unit: Option<u32>,
@@ -48,6 +50,13 @@ pub enum CreateError {
         /// Why.
         why: BadName,
     },
+    /// Redundancy that nothing would keep whole over a crash.
+    #[error(
+        "{}: --checksums off needs the log: with neither, nothing could tell after a crash which \
+         blocks and parity fit together",
+        .0.name()
+    )]
+    NeitherLogNorChecksums(Level),
     /// Not a shape.
     #[error(transparent)]
     Geometry(#[from] BadGeometry),
@@ -124,6 +133,9 @@ struct Checked {
 pub fn create(options: &CreateOptions) -> Result<Superblock, CreateError> {
     let name = &options.name;
     check_name(name).map_err(|why| CreateError::Name { name: name.clone(), why })?;
+    if !options.checksums && !options.log && options.level != Level::Single {
+        return Err(CreateError::NeitherLogNorChecksums(options.level));
+    }
     distinct(&options.members)?;
     let mut checked: Vec<Checked> = Vec::new();
     for path in &options.members {
@@ -158,6 +170,7 @@ pub fn create(options: &CreateOptions) -> Result<Superblock, CreateError> {
         epoch: 0,
         in_use: false,
         log: options.log,
+        checksums: options.checksums,
         created,
         geometry,
         atomic_unit,
@@ -201,6 +214,7 @@ pub fn prepare_replacement(
         members: Vec::new(),
         force,
         log: true,
+        checksums: true,
         atomic_unit: None,
     };
     let new = !path.exists() || std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.len() == 0);

@@ -33,6 +33,9 @@ pub(crate) struct Engine {
     pub(crate) array: Id,
     pub(crate) geometry: Geometry,
     pub(crate) atomic_unit: u32,
+    /// Whether guards are kept. Only what can not be asked of a tuple
+    /// (TUPLE-2) asks this.
+    pub(crate) checksums: bool,
     pub(crate) members: Vec<Member>,
     pub(crate) tokens: Tokens,
     pub(crate) joiner: Joiner,
@@ -91,10 +94,11 @@ impl Engine {
             array: superblock.array,
             geometry,
             atomic_unit: superblock.atomic_unit,
+            checksums: superblock.checksums,
             members,
             tokens: Tokens::default(),
             joiner: Joiner::default(),
-            pages: Pages::new(&geometry, page_cache),
+            pages: Pages::new(&geometry, superblock.checksums, page_cache),
             log,
             health,
             traffic,

@@ -5,6 +5,7 @@ use stableio_block::exec::yield_now;
 use stableio_mem::{BLOCK, PoolBuf};
 use stableio_onepass::{add_block, gf};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use crate::engine::Engine;
 use crate::geometry::{Place, Role};
@@ -79,12 +80,17 @@ impl Engine {
         member.wake();
         let health = &self.health.members[role];
         health.take_over();
-        self.health.event(format!("member {} is filled and in sync", health.name()));
         self.save(|superblock| {
             let entry = &mut superblock.roles[role];
             *entry = crate::superblock::RoleEntry::in_sync(next.id);
         })
-        .await
+        .await?;
+        // Not before that is recorded: who is told may take the others away.
+        if member.alive.get() {
+            health.in_sync.store(true, Ordering::Relaxed);
+            self.health.event(format!("member {} is filled and in sync", health.name()));
+        }
+        Ok(())
     }
 
     async fn fill_zones(&self, role: usize, zones: Range<u64>) -> Result<(), Kind> {
@@ -206,34 +212,38 @@ impl Engine {
         let g = &self.geometry;
         let own = g.role(stripe, role);
         let tuple = |column| set.tuple(Place { stripe, row, column });
-        let Some(p_guard) = set.parity_guard(stripe, row) else { return true };
+        let Some(parity) = set.parity_tuple(stripe, row) else { return true };
         let want = match own {
             Role::Data(column) if tuple(column).state != State::Written => return true,
-            Role::Data(column) => tuple(column).guard,
-            Role::P => p_guard,
-            Role::Q if tuple(g.columns()).state != State::Written => return false,
-            Role::Q => tuple(g.columns()).guard,
+            Role::Data(column) => tuple(column),
+            Role::P => parity,
+            Role::Q => tuple(g.columns()),
         };
+        if want.state != State::Written {
+            return false;
+        }
         let number = g.row_number(stripe, row);
         let is_copy = window.came[role] || g.level.parities() == 0;
         let from = window.came.iter().position(|came| *came);
-        let mut add = |member: usize, guard: u64, coefficient: u8| {
+        let mut add = |member: usize, tuple: Tuple, coefficient: u8| {
             let block = window.block(member, number);
-            block.is_some_and(|block| add_block(block_mut(out, at), block, coefficient) == guard)
+            block.is_some_and(|b| tuple.matches(add_block(block_mut(out, at), b, coefficient)))
         };
         let fits = if is_copy {
             from.is_some_and(|member| add(member, want, 1))
+        } else if parity.state == State::Lost {
+            false
         } else {
             let others = (0..g.columns()).filter(|c| own != Role::Data(*c));
             let mut others = others.filter(|c| tuple(*c).state == State::Written);
             let data = others.all(|column| {
                 let coefficient = if own == Role::Q { gf::exp(column) } else { 1 };
-                add(g.data_member(stripe, column), tuple(column).guard, coefficient)
+                add(g.data_member(stripe, column), tuple(column), coefficient)
             });
             let p = g.parity_member(stripe).filter(|_| matches!(own, Role::Data(_)));
-            data && p.is_none_or(|p| add(p, p_guard, 1))
+            data && p.is_none_or(|p| add(p, parity, 1))
         };
-        if fits && guard_of(out, at) == want {
+        if fits && want.fits(|| guard_of(out, at)) {
             return true;
         }
         // Nothing is known of this block yet.
@@ -321,7 +331,7 @@ impl Engine {
         if is_q {
             let place = Place { stripe, row, column: g.columns() };
             let tuple = Tuple::written(guard_of(out, at), self.block_number(place));
-            if set.tuple(place) != tuple {
+            if !set.tuple(place).matches(tuple.guard) {
                 // Who can not log it is told so by the next request.
                 let _ = self.change_tuple(set, place, tuple).await;
             }

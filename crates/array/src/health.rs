@@ -19,6 +19,7 @@ pub(crate) enum Often {
     Mended,
     Lost,
     Tuple,
+    Differed,
 }
 
 impl Often {
@@ -28,12 +29,13 @@ impl Often {
             Often::Mended => "mended blocks",
             Often::Lost => "lost blocks",
             Often::Tuple => "mended tuples",
+            Often::Differed => "blocks that differed",
         }
     }
 }
 
 /// By kind: when the window began, events told in it, and not told.
-type Windows = [(Option<Instant>, u32, u64); 4];
+type Windows = [(Option<Instant>, u32, u64); 5];
 
 /// Counters of an array; shared between its worker and whoever asks.
 #[derive(Debug, Default)]
@@ -45,6 +47,9 @@ pub struct Health {
     pub benign_mismatches: AtomicU64,
     /// Blocks brought back from redundancy and written again.
     pub blocks_mended: AtomicU64,
+    /// Copies and parity that a scrub without checksums found to differ from
+    /// the data of their row.
+    pub blocks_differed: AtomicU64,
     /// Tuples or pages of tuples brought back from their copy.
     pub tuples_mended: AtomicU64,
     /// Reads of blocks that nothing brings back.
@@ -200,7 +205,6 @@ impl MemberHealth {
         if let Some(name) = lock(&self.next).take() {
             *lock(&self.name) = name;
         }
-        self.in_sync.store(true, Ordering::Relaxed);
         for counter in [&self.read_errors, &self.write_errors, &self.mismatches] {
             counter.store(0, Ordering::Relaxed);
         }

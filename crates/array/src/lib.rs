@@ -20,6 +20,7 @@
 pub mod array;
 pub mod assemble;
 mod bands;
+mod compare;
 pub mod create;
 mod engine;
 mod fill;

@@ -47,6 +47,8 @@ pub(crate) struct Pages {
     cache: RefCell<Cache>,
     loaded: Condition,
     slots: Rc<Slots>,
+    /// Whether guards are kept (TUPLE-2).
+    guarded: bool,
 }
 
 /// Page numbers are ours: nobody outside can choose them to collide, so that
@@ -101,6 +103,7 @@ pub(crate) struct PageSet {
     /// By record, position in the group, column.
     tuples: RefCell<Vec<Tuple>>,
     slots: Rc<Slots>,
+    guarded: bool,
     commits: Vec<Commit>,
     sequence: Cell<u64>,
     settled: Condition,
@@ -116,12 +119,13 @@ struct Commit {
 }
 
 impl Pages {
-    pub(crate) fn new(geometry: &Geometry, bytes: usize) -> Self {
+    pub(crate) fn new(geometry: &Geometry, guarded: bool, bytes: usize) -> Self {
         let set = geometry.page_rows() * row_tuples(geometry) * size_of::<Tuple>() + 512;
         let capacity = (bytes / set).max(16);
         let cache = Cache { sets: HashMap::default(), order: VecDeque::new(), capacity };
         let slots = (0..geometry.members).map(|member| slots(geometry, member)).collect();
-        Self { cache: RefCell::new(cache), loaded: Condition::default(), slots: Rc::new(slots) }
+        let (cache, slots) = (RefCell::new(cache), Rc::new(slots));
+        Self { cache, loaded: Condition::default(), slots, guarded }
     }
 
     /// Whether the page is cached, or on its way.
@@ -314,7 +318,7 @@ impl Engine {
     /// copy is damaged or old. At most [`RUN`], which the same members hold.
     pub(crate) async fn read_copies(&self, pages: Range<u64>) -> Vec<(PageSet, Vec<usize>)> {
         let g = &self.geometry;
-        let merge = |page| Merge::new(*g, page, self.pages.slots.clone());
+        let merge = |page| Merge::new(*g, page, &self.pages);
         let mut merges: Vec<Merge> = pages.clone().map(merge).collect();
         let (at, zone) = (g.page_at(pages.start), g.zone_of_page(pages.start));
         let len = merges.len() * BLOCK;
@@ -477,6 +481,7 @@ impl PageSet {
     /// [`Engine::commit`] does.
     pub(crate) fn set(&self, place: Place, tuple: Tuple) {
         let index = self.index(place);
+        let tuple = if self.guarded { tuple } else { tuple.without_guard() };
         self.tuples.borrow_mut()[index] = tuple;
         self.geometry.tuple_holders(place.stripe, place.column).for_each(|m| self.want(m));
     }
@@ -486,14 +491,23 @@ impl PageSet {
         wanted.set(wanted.get() + 1);
     }
 
-    /// The guard that a row's parity has, by the guards of its data; `None`
-    /// where no block of the row is written: then there is no parity.
-    pub(crate) fn parity_guard(&self, stripe: u64, row: u32) -> Option<u64> {
+    /// The tuple that a row's P would have, by those of its data; `None` where
+    /// no block of the row is written: then there is no parity. Without guards
+    /// nothing tells whether parity still has a block in it that was lost: then
+    /// P and Q are lost too, until that is written.
+    pub(crate) fn parity_tuple(&self, stripe: u64, row: u32) -> Option<Tuple> {
         let columns = self.geometry.columns();
         let first = self.index(Place { stripe, row, column: 0 });
         let tuples = &self.tuples.borrow()[first..first + columns];
-        let written = tuples.iter().any(|t| t.state == State::Written);
-        written.then(|| stableio_onepass::guard_of_xor(tuples.iter().map(Tuple::parity_guard)))
+        let is = |state| tuples.iter().any(|t| t.state == state);
+        is(State::Written).then(|| match self.guarded {
+            true => {
+                let guards = tuples.iter().map(Tuple::parity_guard);
+                Tuple::written(stableio_onepass::guard_of_xor(guards), 0)
+            }
+            false if is(State::Lost) => Tuple::lost(0),
+            false => Tuple::written(0, 0).without_guard(),
+        })
     }
 
     /// Whether any block of a row is written.
@@ -561,6 +575,7 @@ struct Merge {
     geometry: Geometry,
     page: u64,
     slots: Rc<Slots>,
+    guarded: bool,
     sequence: u64,
     /// By tuple: the newest copy, and 1 + the sequence of its sector; 0 where
     /// there is none, 1 in a sector that was never written.
@@ -572,10 +587,12 @@ struct Merge {
 }
 
 impl Merge {
-    fn new(geometry: Geometry, page: u64, slots: Rc<Slots>) -> Self {
+    fn new(geometry: Geometry, page: u64, pages: &Pages) -> Self {
         let lost = Tuple { state: State::Lost, ..Tuple::UNWRITTEN };
         let found = vec![(0, lost); geometry.page_rows() * row_tuples(&geometry)];
-        Self { geometry, page, slots, sequence: 0, found, said: Vec::new(), damaged: Vec::new() }
+        let (slots, guarded) = (pages.slots.clone(), pages.guarded);
+        let (said, damaged) = (Vec::new(), Vec::new());
+        Self { geometry, page, slots, guarded, sequence: 0, found, said, damaged }
     }
 
     /// What a member has; nothing if it could not be read.
@@ -647,6 +664,7 @@ impl Merge {
             geometry: self.geometry,
             tuples: RefCell::new(tuples),
             slots: self.slots,
+            guarded: self.guarded,
             commits,
             sequence: Cell::new(self.sequence),
             settled: Condition::default(),

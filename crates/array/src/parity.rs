@@ -14,8 +14,7 @@ use stableio_onepass::gf;
 use crate::bands::{Band, Cover};
 use crate::engine::Engine;
 use crate::geometry::Place;
-use crate::read::mismatches;
-use crate::repair::block_mut;
+use crate::repair::{block_mut, guard_of};
 use crate::tuple::State;
 use crate::twin::{Protection, lacks};
 use crate::write::{Fetch, Sheet};
@@ -143,19 +142,18 @@ impl Engine {
         let (mut q, mut p) = (arrived.pop().flatten(), arrived.pop().flatten());
         for (i, row) in band.rows.clone().enumerate() {
             let set = sheet.set(g, band.stripe, row);
-            let p_guard = set.parity_guard(band.stripe, row);
+            let p_tuple = set.parity_tuple(band.stripe, row);
             let q_tuple = set.tuple(Place { stripe: band.stripe, row, column: g.width() - 1 });
-            let q_guard = (q_tuple.state == State::Written).then_some(q_tuple.guard);
-            for (buf, guard) in [(&mut p, p_guard), (&mut q, q_guard.filter(|_| p_guard.is_some()))]
-            {
+            for (buf, tuple) in [(&mut p, p_tuple), (&mut q, p_tuple.map(|_| q_tuple))] {
                 let Some(buf) = buf else { continue };
-                match guard {
-                    None if p_guard.is_some() => return Err(Kind::Lost),
+                match tuple {
                     // No block of the row is written.
                     None => buf.zero(i * BLOCK..(i + 1) * BLOCK),
-                    Some(guard) => {
-                        let right = mismatches(buf, i * BLOCK, &[guard]).is_empty();
-                        if !right && !lacks(Protection::VerifiedParity) {
+                    Some(tuple) => {
+                        let known = p_tuple.is_some_and(|p| p.state == State::Written)
+                            && tuple.state == State::Written;
+                        let right = tuple.fits(|| guard_of(buf, i * BLOCK));
+                        if !known || (!right && !lacks(Protection::VerifiedParity)) {
                             return Err(Kind::Lost);
                         }
                     }

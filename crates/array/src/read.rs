@@ -1,7 +1,9 @@
 //! Reads: straight to where the data is wanted, verified there; what does not
 //! match is read again privately, under the row's token.
 //!
-//! READ-1: nothing is answered that did not match its guard.
+//! READ-1: nothing is answered that did not match its guard. Without checksums
+//! there is none: what a member delivers without an error is the answer, and
+//! the read holds its rows meanwhile (TOKEN-2).
 //!
 //! READ-2: a mismatch seen without the token proves nothing: a write may be
 //! under way, or the owner changed its buffer. Only
@@ -22,6 +24,7 @@ use crate::geometry::Place;
 use crate::health::Health;
 use crate::member::Sent;
 use crate::tuple::State;
+use crate::twin::{Protection, lacks};
 
 /// Where a read goes.
 enum Target {
@@ -90,7 +93,7 @@ impl Target {
 }
 
 /// Blocks of our own memory that do not have the guards they should.
-pub(crate) fn mismatches(buf: &mut PoolBuf, from: usize, guards: &[u64]) -> Vec<usize> {
+fn mismatches(buf: &mut PoolBuf, from: usize, guards: &[u64]) -> Vec<usize> {
     let pieces = buf.range_mut(from..from + guards.len() * BLOCK);
     let found =
         pieces.flat_map(|p| p.chunks_exact(BLOCK).map(stableio_onepass::guard).collect::<Vec<_>>());
@@ -156,6 +159,10 @@ impl Engine {
         let len = into.len();
         let mut target = Target::of(into, memory)?;
         let place = self.traffic.enter(Stage::Members);
+        let token = match self.checksums || lacks(Protection::ReadToken) {
+            true => None,
+            false => Some(Box::pin(self.tokens.share(self.rows_at(at, len))).await),
+        };
         let (reads, mut aside) = self.plan_read(at, len, &mut target).await?;
         let begun: Vec<_> = reads
             .into_iter()
@@ -182,7 +189,9 @@ impl Engine {
                 }
             };
             for piece in pieces {
-                if let Err(kind) = judge(&piece, failed, &mut target, &mut aside) {
+                if (failed || self.checksums)
+                    && let Err(kind) = judge(&piece, failed, &mut target, &mut aside)
+                {
                     failure = Some(kind);
                 }
             }
@@ -197,7 +206,7 @@ impl Engine {
                 .map(|i| (self.geometry.place(at / BLOCK as u64 + i as u64), i * BLOCK))
                 .collect();
         }
-        drop(place);
+        drop((place, token));
         self.read_again(&mut target, aside, issuer).await?;
         Ok(target.into_reply())
     }
@@ -219,7 +228,7 @@ impl Engine {
     ) -> Result<(), Kind> {
         for (place, from) in aside {
             let mended = Box::pin(self.mend(place)).await?;
-            if mended.benign && !target.is_ours() && self.was_read(place) {
+            if mended.benign && self.checksums && !target.is_ours() && self.was_read(place) {
                 Health::add(&self.health.benign_mismatches);
                 if let Some(issuer) = &issuer
                     && let Some(event) = issuer.changed_its_buffer()
@@ -236,7 +245,7 @@ impl Engine {
     /// and one block is all that is asked for: most reads of guests and
     /// databases, which go a short way.
     pub(crate) fn known_block(&self, at: u64, into: &Into) -> Option<KnownBlock> {
-        if into.len() != BLOCK || self.check_redundancy().is_err() {
+        if into.len() != BLOCK || !self.checksums || self.check_redundancy().is_err() {
             return None;
         }
         let place = self.geometry.place(at / BLOCK as u64);
@@ -319,6 +328,16 @@ impl Engine {
             Some(block) => self.finish_block(self.begin_block(block, into, memory)?, issuer).await,
             None => Box::pin(self.read(at, into, memory, issuer)).await,
         }
+    }
+
+    /// The range of rows that a read needs (TOKEN-2).
+    fn rows_at(&self, at: u64, len: usize) -> Range<u64> {
+        let (g, first) = (&self.geometry, at / BLOCK as u64);
+        let numbers = g.runs(first..first + (len / BLOCK) as u64).map(|(run, count)| {
+            let number = g.row_number(run.stripe, run.row);
+            number..number + count as u64
+        });
+        numbers.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or_default()
     }
 
     /// The member to read a run from: of a mirror's legs that have it, each

@@ -14,6 +14,10 @@
 //!
 //! RECOVER-4: a version older than one that was flushed does not count: a
 //! member that has only that has lied about a flush.
+//!
+//! RECOVER-5: without checksums the log has the content of every write
+//! (WRITE-4), and that is what a block is that the log names; the medium tells
+//! only of blocks and of parity that no write in the log has changed.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -133,7 +137,7 @@ impl Engine {
 
     /// Takes what the log has of the row's content (RECOVER-3).
     async fn replay(&self, row: &mut Row) {
-        let last = row.entries.len() - 1;
+        let last = row.last_write();
         for i in (0..row.entries.len()).rev() {
             let records: Vec<Found> = row.entries[i].records.clone();
             let mut got: SmallVec<[(usize, Tuple); 8]> = SmallVec::new();
@@ -161,7 +165,7 @@ impl Engine {
             // Only whole: a part of one write and the medium's state of
             // another do not make a row.
             got.into_iter().for_each(|(column, tuple)| row.columns[column].known = Some(tuple));
-            if i == last {
+            if Some(i) == last {
                 for record in records.iter().filter(|r| r.place.column >= row.columns.len()) {
                     let which = usize::from(record.place.column != P_COLUMN);
                     let at = row.parity_at(which);
@@ -220,7 +224,9 @@ impl Engine {
                 let from = row.parity_at(which);
                 copy_block(&mut row.buf, from, to);
                 came[which] = true;
-            } else if let Some(member) = members[which].filter(|m| self.holds(*m, row.stripe)) {
+            } else if let Some(member) = members[which].filter(|m| self.holds(*m, row.stripe))
+                && (self.checksums || row.parity_arrived(which))
+            {
                 came[which] = self.read_block(member, offset, &mut row.buf, to).await;
             }
         }
@@ -330,7 +336,9 @@ impl Column {
         let mut versions = Vec::new();
         for entry in entries {
             for record in entry.records.iter().filter(|r| r.place.column == column) {
-                if versions.is_empty() {
+                // What fits anything is no evidence (RECOVER-5).
+                let evidence = record.old.guarded || record.old.state != State::Written;
+                if versions.is_empty() && evidence {
                     versions.push(record.old);
                 }
                 // A discard leaves nothing on the medium that could be lost: it
@@ -364,6 +372,21 @@ impl Column {
 }
 
 impl Row {
+    /// The last entry that names data: a later one may name the tuple of Q.
+    fn last_write(&self) -> Option<usize> {
+        let names_data = |entry: &Entry| {
+            entry.records.iter().any(|record| record.place.column < self.columns.len())
+        };
+        self.entries.iter().rposition(names_data)
+    }
+
+    /// Whether P or Q on its member is that of the row, whatever was under way:
+    /// no write in the log, which then is about Q, and no block lost.
+    fn parity_arrived(&self, which: usize) -> bool {
+        let lost = |column: &Column| column.known.is_some_and(|t| t.state == State::Lost);
+        which == 0 && self.last_write().is_none() && !self.columns.iter().any(lost)
+    }
+
     fn parity_at(&self, which: usize) -> usize {
         (self.columns.len() + which) * BLOCK
     }

@@ -10,7 +10,8 @@
 //!
 //! MEND-3: a reconstruction uses only other blocks that matched their tuples,
 //! and of the sets of blocks that may be taken as gone each is tried; what
-//! comes out counts only if it matches.
+//! comes out counts only if it matches. Without checksums everything that was
+//! read matches, and the row's parity counts unless a block of it is lost.
 
 use smallvec::SmallVec;
 use stableio_block::Kind;
@@ -119,6 +120,10 @@ impl Engine {
         let g = &self.geometry;
         let mut guards = SmallVec::new();
         let Some(p_member) = g.parity_member(place.stripe) else { return guards };
+        let Ok(set) = self.page(place.stripe, place.row).await else { return guards };
+        if set.parity_tuple(place.stripe, place.row).is_none_or(|p| p.state == State::Lost) {
+            return guards;
+        }
         let at = g.member_offset(place.stripe, place.row);
         bench.zero(P..OTHER);
         let Some(gone) = self.sum_row(place, bench).await else { return guards };
@@ -174,7 +179,7 @@ impl Engine {
             let member = g.data_member(place.stripe, column);
             let came = self.holds(member, place.stripe)
                 && self.read_block(member, at, bench, OTHER).await
-                && (tuple.matches(guard_of(bench, OTHER)) || lacks(Protection::VerifiedParity));
+                && (tuple.fits(|| guard_of(bench, OTHER)) || lacks(Protection::VerifiedParity));
             if !came {
                 if gone.is_some() || g.level.parities() < 2 {
                     return None;
@@ -203,7 +208,7 @@ impl Engine {
         }
         if let Some(q) = q {
             let Ok(set) = self.page(q.stripe, q.row).await else { return false };
-            if !set.tuple(q).matches(guard_of(bench, OTHER)) {
+            if !set.tuple(q).fits(|| guard_of(bench, OTHER)) {
                 return false;
             }
         }
@@ -295,7 +300,8 @@ impl Engine {
     pub(crate) fn lost(&self, place: Place) -> Kind {
         Health::add(&self.health.lost_reads);
         self.health.often(Often::Lost, || {
-            format!("block {} is lost: nothing matches its checksum", self.block_number(place))
+            let why = if self.checksums { "matches its checksum" } else { "brings it back" };
+            format!("block {} is lost: nothing {why}", self.block_number(place))
         });
         Kind::Lost
     }

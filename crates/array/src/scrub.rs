@@ -11,7 +11,7 @@ use crate::engine::Engine;
 use crate::geometry::Place;
 use crate::health::{Health, Often};
 use crate::pages::{PageSet, RUN};
-use crate::tuple::State;
+use crate::tuple::{State, Tuple};
 use crate::window::{Ahead, Window, Work};
 
 impl Engine {
@@ -84,12 +84,17 @@ impl Engine {
     }
 
     async fn scrub_window(&self, window: &mut Window, work: &mut Work) -> Result<(), Kind> {
-        window.sum();
+        if self.checksums {
+            window.sum();
+        }
         for (stripe, rows) in self.geometry.row_runs(window.rows.clone()) {
             let set = self.page(stripe, rows.start).await?;
             for row in rows {
                 if !self.row_fits(&set, stripe, row, window) {
                     self.mend_row(&set, stripe, row, window, work).await;
+                }
+                if !self.checksums {
+                    self.compare_row(&set, stripe, row, window, work).await?;
                 }
             }
         }
@@ -103,7 +108,8 @@ impl Engine {
             return true;
         }
         let fits = |column| self.block_fits(set, Place { stripe, row, column }, window);
-        (0..g.columns()).all(fits) && (0..2).all(|i| self.parity_fits(set, stripe, row, i, window))
+        let parity_fits = |i| self.parity_fits(set, stripe, row, i, window);
+        (0..g.columns()).all(fits) && (!self.checksums || (0..2).all(parity_fits))
     }
 
     /// Whether every copy of a data block is.
@@ -112,7 +118,7 @@ impl Engine {
         let number = self.geometry.row_number(place.stripe, place.row);
         let mut holders = self.geometry.holders(place.stripe, place.column);
         tuple.state != State::Written
-            || holders.all(|member| self.has(member, place.stripe, number, tuple.guard, window))
+            || holders.all(|member| self.has(member, place.stripe, number, tuple, window))
     }
 
     /// Whether a row's P, or Q, is.
@@ -129,14 +135,14 @@ impl Engine {
             return true;
         };
         let q = Place { stripe, row, column: g.columns() };
-        let want =
-            if which == 0 { set.parity_guard(stripe, row) } else { Some(set.tuple(q).guard) };
+        let want = if which == 0 { set.parity_tuple(stripe, row) } else { Some(set.tuple(q)) };
         want.is_none_or(|want| self.has(member, stripe, g.row_number(stripe, row), want, window))
     }
 
-    /// Whether a member that holds a row gave a block with this guard.
-    fn has(&self, member: usize, stripe: u64, number: u64, guard: u64, window: &Window) -> bool {
-        !self.holds(member, stripe) || window.guard(member, number) == Some(guard)
+    /// Whether a member that holds a row gave a block that fits.
+    fn has(&self, member: usize, stripe: u64, number: u64, tuple: Tuple, window: &Window) -> bool {
+        !self.holds(member, stripe)
+            || (window.came[member] && tuple.fits(|| window.guard(member, number)))
     }
 
     /// Mends what of a row does not fit.
@@ -156,6 +162,10 @@ impl Engine {
                 // Counted and named where it is found out.
                 whole &= self.mend_held(place, work.bench()).await.is_ok();
             }
+        }
+        if !self.checksums {
+            // Parity is compared, whatever came (COMPARE-1).
+            return;
         }
         // With a block lost there is nothing to say about parity.
         let parity = [g.parity_member(stripe), g.q_member(stripe)];

@@ -15,7 +15,7 @@
 //!   72  level                            1   0 single, 1 raid1, 5 raid5, 6 raid6
 //!   73  members                          1
 //!   74  role of this member              1
-//!   75  checksum                         1   1 CRC-64/NVME
+//!   75  checksum                         1   0 none, 1 CRC-64/NVME
 //!   76  chunk, blocks                    4
 //!   80  stripes                          8
 //!   88  member size, bytes               8
@@ -162,6 +162,8 @@ pub struct Superblock {
     pub in_use: bool,
     /// Whether it has a log.
     pub log: bool,
+    /// Whether tuples keep the guards of their blocks.
+    pub checksums: bool,
     /// Seconds since 1970.
     pub created: u64,
     /// Shape and regions.
@@ -231,7 +233,7 @@ impl Superblock {
         put(48, &self.generation.to_le_bytes());
         put(56, &self.epoch.to_le_bytes());
         put(64, &self.created.to_le_bytes());
-        put(72, &[level_code(g.level), g.members as u8, self.role as u8, 1]);
+        put(72, &[level_code(g.level), g.members as u8, self.role as u8, self.checksums.into()]);
         put(76, &g.chunk_blocks.to_le_bytes());
         put(80, &g.stripes.to_le_bytes());
         put(88, &g.member_size.to_le_bytes());
@@ -340,9 +342,11 @@ impl Superblock {
             FORMAT => {}
             other => return Err(BadSuperblock::UnknownFormat(other)),
         }
-        if block[75] != 1 {
-            return invalid("unknown checksum");
-        }
+        let checksums = match block[75] {
+            0 => false,
+            1 => true,
+            _ => return invalid("unknown checksum"),
+        };
         let Some(level) = level_of(block[72]) else { return invalid("unknown level") };
         let (members, role) = (usize::from(block[73]), usize::from(block[74]));
         let geometry = Geometry {
@@ -396,6 +400,7 @@ impl Superblock {
             epoch: u64_at(block, 56),
             in_use: u32_at(block, 12) & IN_USE != 0,
             log: u32_at(block, 12) & NO_LOG == 0,
+            checksums,
             created: u64_at(block, 64),
             geometry,
             atomic_unit,
@@ -473,6 +478,7 @@ mod tests {
             epoch: 3,
             in_use: true,
             log: true,
+            checksums: true,
             created: 1,
             geometry,
             atomic_unit: 4096,
@@ -495,6 +501,18 @@ mod tests {
             assert_eq!(Superblock::parse(&bad), Err(want), "byte {at}");
         }
         assert_eq!(Superblock::parse(&[0; BLOCK]), Err(BadSuperblock::NotOurs));
+    }
+
+    #[test]
+    fn checksums_are_there_or_not_and_nothing_else() {
+        let plain = Superblock { checksums: false, ..example() };
+        let mut block = plain.encode();
+        assert_eq!(block[75], 0);
+        assert_eq!(Superblock::parse(&block), Ok(plain));
+        block[75] = 2;
+        let crc = stableio_onepass::guard(&block[..CRC_AT]);
+        block[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(Superblock::parse(&block), Err(BadSuperblock::Invalid("unknown checksum")));
     }
 
     proptest! {

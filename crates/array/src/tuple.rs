@@ -40,17 +40,23 @@ pub enum State {
     /// Never written, or discarded: reads as zeros, the medium is not looked
     /// at, counts as zeros in parity.
     Unwritten,
-    /// Holds the data that its guard is of.
+    /// Holds the data that its guard is of, where that was kept.
     Written,
     /// Its data is gone: EIO until it is written. Counts as zeros in parity.
     Lost,
 }
 
 /// Guard and state of a block.
+///
+/// TUPLE-2: without checksums the tuples of pages keep no guard, and say so
+/// themselves: whatever a member delivers without an error fits them. Whether
+/// content fits a tuple is asked of the tuple alone ([`fits`](Tuple::fits)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuple {
-    /// CRC64-NVMe of the block, where it is written.
+    /// CRC64-NVMe of the block, where it is written and the guard was kept.
     pub guard: u64,
+    /// Whether it was.
+    pub guarded: bool,
     /// State.
     pub state: State,
     /// Low half of the block's number.
@@ -59,21 +65,34 @@ pub struct Tuple {
 
 impl Tuple {
     /// Of a block that was never written.
-    pub const UNWRITTEN: Tuple = Tuple { guard: 0, state: State::Unwritten, reference: 0 };
+    pub const UNWRITTEN: Tuple =
+        Tuple { guard: 0, guarded: true, state: State::Unwritten, reference: 0 };
 
     /// Of a block with this guard.
     pub fn written(guard: u64, block: u64) -> Self {
-        Self { guard, state: State::Written, reference: block as u32 }
+        Self { guard, guarded: true, state: State::Written, reference: block as u32 }
     }
 
     /// Of a block whose data is gone.
     pub fn lost(block: u64) -> Self {
-        Self { guard: 0, state: State::Lost, reference: block as u32 }
+        Self { guard: 0, guarded: true, state: State::Lost, reference: block as u32 }
+    }
+
+    /// The same, of a block whose guard is not kept (TUPLE-2).
+    #[must_use]
+    pub fn without_guard(self) -> Self {
+        let guarded = self.state != State::Written;
+        Self { guard: 0, guarded, ..self }
     }
 
     /// Whether `guard` is what a block of this tuple has.
     pub fn matches(&self, guard: u64) -> bool {
-        self.state == State::Written && self.guard == guard
+        self.fits(|| guard)
+    }
+
+    /// The same of a guard that is computed only where there is one to compare.
+    pub fn fits(&self, guard: impl FnOnce() -> u64) -> bool {
+        self.state == State::Written && (!self.guarded || self.guard == guard())
     }
 
     /// The guard of what this block contributes to its row's parity.
@@ -89,7 +108,8 @@ impl Tuple {
         let mut bytes = [0; TUPLE_LEN];
         let state: u16 = match self.state {
             State::Unwritten => 0,
-            State::Written => 1,
+            State::Written if self.guarded => 1,
+            State::Written => 3,
             State::Lost => 2,
         };
         bytes[..8].copy_from_slice(&self.guard.to_le_bytes());
@@ -100,13 +120,15 @@ impl Tuple {
 
     /// Parses a tuple; `None` for a state that there is not.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let state = match u16::from_le_bytes([bytes[10], bytes[11]]) {
+        let code = u16::from_le_bytes([bytes[10], bytes[11]]);
+        let state = match code {
             0 => State::Unwritten,
-            1 => State::Written,
+            1 | 3 => State::Written,
             2 => State::Lost,
             _ => return None,
         };
-        Some(Self { guard: u64_at(bytes, 0), state, reference: u32_at(bytes, 12) })
+        let (guard, reference) = (u64_at(bytes, 0), u32_at(bytes, 12));
+        Some(Self { guard, guarded: code != 3, state, reference })
     }
 }
 
@@ -244,6 +266,7 @@ mod tests {
         let mut tuples = vec![Tuple::UNWRITTEN; PAGE_TUPLES];
         tuples[0] = Tuple::written(5, 9);
         tuples[31] = Tuple::lost(3);
+        tuples[32] = Tuple::written(5, 10).without_guard();
         let mut bytes = vec![0; BLOCK];
         let parse = |bytes: &[u8], page, owner| -> Vec<Sector> {
             parse_page(bytes, page, owner).map(|(_, sector)| sector).collect()

@@ -12,6 +12,10 @@ pub enum Protection {
     VerifiedParity,
     /// MEND-1: a private read is made under the row's token.
     RowToken,
+    /// WRITE-4: without checksums the log has the content of every write.
+    LoggedContent,
+    /// TOKEN-2: without checksums reads hold their rows.
+    ReadToken,
     /// LOG-2: the log forgets nothing before tuples are on their pages.
     TuplesBeforeTail,
     /// PAGE-5: that there is no data is not believed of one copy.

@@ -50,10 +50,10 @@ impl Window {
         }
     }
 
-    /// The guard of a member's block of a row, if it came; for which
+    /// The guard of a member's block of a row, which came; for which
     /// [`sum`](Self::sum) was called.
-    pub(crate) fn guard(&self, member: usize, row: u64) -> Option<u64> {
-        self.came[member].then(|| self.guards[self.index(member, row)])
+    pub(crate) fn guard(&self, member: usize, row: u64) -> u64 {
+        self.guards[self.index(member, row)]
     }
 
     /// A member's block of a row, if it came.

@@ -9,7 +9,8 @@
 //!
 //! WRITE-4: the new content goes into the log too where its being written in
 //! part could cost more than itself: of rows that are not written wholly,
-//! while a member is missing, and where power failure tears blocks.
+//! while a member is missing, and where power failure tears blocks; and of
+//! every write without checksums, where recovery could tell nothing apart.
 //!
 //! WRITE-5: what the log does not take at once is written in several steps,
 //! each of whole bands and with all of WRITE-3, under the one token.
@@ -325,7 +326,8 @@ impl Engine {
         }
         let parities = g.level.parities();
         let part = parities > 0 && (!band.is_full() || self.missing() > 0);
-        let log_content = part || self.atomic_unit < BLOCK as u32;
+        let told_apart = self.checksums || lacks(Protection::LoggedContent);
+        let log_content = part || self.atomic_unit < BLOCK as u32 || !told_apart;
         let at = g.member_offset(band.stripe, band.rows.start);
         if parities > 0 {
             let parity = self.parities(band, &merged, sheet).await?;
@@ -486,7 +488,7 @@ impl Engine {
                 State::Unwritten | State::Lost => buf.zero(i * BLOCK..(i + 1) * BLOCK),
                 State::Written
                     if arrived
-                        && (tuple.matches(guard_of(&mut buf, i * BLOCK))
+                        && (tuple.fits(|| guard_of(&mut buf, i * BLOCK))
                             || lacks(Protection::VerifiedParity)) => {}
                 State::Written => {
                     let bench = sheet.bench();
@@ -562,7 +564,7 @@ impl Engine {
         let empty = |band: &&Band| {
             band.rows
                 .clone()
-                .all(|row| sheet.set(g, band.stripe, row).parity_guard(band.stripe, row).is_none())
+                .all(|row| sheet.set(g, band.stripe, row).parity_tuple(band.stripe, row).is_none())
         };
         let mut begun = Vec::new();
         for band in bands.iter().filter(|b| b.is_full()).filter(empty) {

@@ -134,6 +134,8 @@ impl Checker {
                 q = Some(tuple);
                 continue;
             }
+            // Parity then counts only where guards say what is in it.
+            whole &= tuple.state != State::Lost || self.superblock.checksums;
             if tuple.state != State::Written {
                 continue;
             }
@@ -143,7 +145,8 @@ impl Checker {
             }
             let copies: Vec<&[u8; BLOCK]> =
                 g.holders(stripe, column).filter_map(|m| self.data(place, m)).collect();
-            if copies.iter().any(|data| onepass::guard(&data[..]) != tuple.guard) {
+            let fits = |data: &&[u8; BLOCK]| tuple.fits(|| onepass::guard(&data[..]));
+            if !copies.iter().all(|data| fits(data) && *data == copies[0]) {
                 findings.push(Finding::Guard { block });
             }
             let Some(data) = copies.first() else {
@@ -162,7 +165,10 @@ impl Checker {
             }
         }
         let has_q = parities[1].is_some_and(|member| self.images[member].is_some());
-        let q = q.filter(|_| any && whole && has_q);
+        // Who alone has the tuple of Q, and could not be read once, lost it.
+        let alone = parities[0].is_some_and(|member| self.images[member].is_none());
+        let forgotten = |tuple: &Tuple| alone && tuple.state == State::Lost;
+        let q = q.filter(|tuple| any && whole && has_q && !forgotten(tuple));
         if q.is_some_and(|tuple| !tuple.matches(onepass::guard(&sums[1]))) {
             findings.push(Finding::Tuples { block: block_number(g, place) });
         }

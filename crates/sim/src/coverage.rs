@@ -51,11 +51,12 @@ pub enum Event {
     StripesJoined,
     Reads,
     RacingReads,
+    WorldsWithoutChecksums,
 }
 
 impl Event {
     /// All, in the order in which they are printed.
-    pub const ALL: [Event; Event::RacingReads as usize + 1] = [
+    pub const ALL: [Event; Event::WorldsWithoutChecksums as usize + 1] = [
         Event::ProcessDeaths,
         Event::PowerFailures,
         Event::CrashesInLogWrites,
@@ -101,10 +102,11 @@ impl Event {
         Event::StripesJoined,
         Event::Reads,
         Event::RacingReads,
+        Event::WorldsWithoutChecksums,
     ];
 
     /// Those that many worlds must go through at least once in a hundred.
-    pub const NEEDED: [Event; 12] = [
+    pub const NEEDED: [Event; 13] = [
         Event::CrashesInLogWrites,
         Event::TornLogBlocks,
         Event::TornDataBlocks,
@@ -117,6 +119,7 @@ impl Event {
         Event::DiscardedRowsPartlyRewritten,
         Event::StripesJoined,
         Event::SplitBrainsRefused,
+        Event::WorldsWithoutChecksums,
     ];
 
     /// Its name, as it is printed.
@@ -167,6 +170,7 @@ impl Event {
             Event::StripesJoined => "stripes joined of two writes",
             Event::Reads => "reads",
             Event::RacingReads => "racing reads",
+            Event::WorldsWithoutChecksums => "worlds without checksums",
         }
     }
 }

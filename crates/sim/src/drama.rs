@@ -88,6 +88,8 @@ impl Plan {
         };
         let mut faults = FAULTS.to_vec();
         faults.retain(|_| faulty && random.one_in(3));
+        // Without checksums nobody finds out what a member does not say.
+        faults.retain(|f| shape.checksums || !matches!(f, Fault::Flip | Fault::Blank));
         let losses = redundancy > 0 && random.one_in(2);
         let (replaces, scrubs) = (random.one_in(3), random.one_in(3));
         let split = redundancy > 0 && !faulty && random.one_in(6);
@@ -470,6 +472,7 @@ impl Play {
         if self.rotten || self.plan.scrubs {
             self.scrub_all(&mut world);
         }
+        self.note(world.leftovers());
         if let Err(error) = world.close() {
             self.note([Finding::Other(format!("closing: {error}"))]);
         }

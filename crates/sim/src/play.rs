@@ -13,6 +13,7 @@ use stableio_mem::BLOCK;
 use crate::check::Finding;
 use crate::coverage::{Coverage, Event};
 use crate::drama::Plan;
+use crate::image::block_of;
 use crate::medium::Medium;
 use crate::protection::Protection;
 use crate::random::Random;
@@ -72,6 +73,8 @@ pub fn play(seed: u64, options: Options) -> Report {
             // Only then rows are written whole without their content in the log.
             shape.atomic = BLOCK as u32;
         }
+        // Without checksums an array takes no memory by a promise.
+        shape.checksums |= shape.is_without(Protection::Stabilize);
         if trace {
             eprintln!("{shape:?}");
         }
@@ -142,11 +145,12 @@ pub(crate) struct Play {
 impl Play {
     fn run(&mut self, remains: Remains, steps: u64) -> Coverage {
         let mut coverage = remains.coverage.clone();
+        coverage.add(Event::WorldsWithoutChecksums, u64::from(!self.shape.checksums));
         let ended = World::open(&self.shape, remains, None)
             .and_then(|world| self.go_on(world, steps))
             .and_then(|world| self.end(world));
         match ended {
-            Ok(remains) => coverage = remains.coverage,
+            Ok(remains) => coverage.merge(&remains.coverage),
             Err(why) => self.note([Finding::Other(format!("the array did not open: {why}"))]),
         }
         coverage
@@ -305,26 +309,41 @@ impl Play {
 
     fn is_free(&self, at: u64, len: usize) -> bool {
         let (first, end) = (at / BLOCK64, (at + len as u64).div_ceil(BLOCK64));
-        let under_way = self.flights.iter().map(|f| &f.write).chain(&self.ghosts);
-        under_way.map(Write::blocks).all(|b| b.end <= first || end <= b.start)
+        self.under_way().map(Write::blocks).all(|b| b.end <= first || end <= b.start)
     }
 
-    /// Blocks that nobody is writing read as the model says (READ-1).
+    fn under_way(&self) -> impl Iterator<Item = &Write> {
+        self.flights.iter().map(|f| &f.write).chain(&self.ghosts)
+    }
+
+    /// Blocks read as the model says, or as the write that is under way there
+    /// leaves them, never as a part of each (READ-1, DEV-4).
     fn read(&mut self, world: &mut World) {
         let len = BLOCK * self.random.between(1, 16);
         let at = self.random.below((world.size() - len as u64) / BLOCK64 + 1) * BLOCK64;
-        if !self.is_free(at, len) {
-            return;
-        }
+        let at = match self.flights.last().filter(|_| self.random.one_in(4)) {
+            Some(flight) => (flight.write.at / BLOCK64 * BLOCK64).min(world.size() - len as u64),
+            None => at,
+        };
         world.coverage.note(Event::Reads);
         let blocks = at / BLOCK64..at / BLOCK64 + (len / BLOCK) as u64;
         let lost = blocks.clone().any(|block| world.model.is_lost(block));
-        let mut want = vec![0; len];
-        world.model.read(at, &mut want);
+        if lost && !self.is_free(at, len) {
+            return;
+        }
         let why = match world.read(at, len) {
             Ok(_) if lost => "a lost block in it is lost no more".to_owned(),
-            Ok(found) if found == want => return,
-            Ok(_) => format!("or one of {} after it, reads as something else", blocks.count()),
+            Ok(found) => {
+                let mut found = blocks.clone().zip(found.chunks_exact(BLOCK).map(block_of));
+                let Some((block, _)) = found.find(|(block, bytes)| {
+                    let (old, found) = (world.model.version(*block), Some(bytes.clone()));
+                    let mut there = self.under_way().filter(|w| w.blocks().contains(block));
+                    found != old && !there.any(|w| w.explains_version(*block, &found, &old).is_ok())
+                }) else {
+                    return;
+                };
+                format!("block {block} of {blocks:?} reads as something else")
+            }
             Err(error) if lost && error.kind == ErrorKind::Lost => return,
             Err(error) => error.to_string(),
         };
@@ -401,8 +420,7 @@ impl Play {
 
     /// Sees members that the array believes no more.
     pub(crate) fn note_failures(&mut self, world: &World) {
-        let under_way = self.flights.iter().map(|f| &f.write).chain(&self.ghosts);
-        let mut at_risk: BTreeSet<u64> = under_way.flat_map(Write::blocks).collect();
+        let mut at_risk: BTreeSet<u64> = self.under_way().flat_map(Write::blocks).collect();
         at_risk.extend(world.model.unflushed());
         let in_sync: Vec<bool> = (0..self.shape.members).map(|role| world.in_sync(role)).collect();
         if self.in_sync.iter().zip(&in_sync).any(|(was, is)| *was && !is) {

@@ -24,7 +24,7 @@ pub enum Protection {
 
 impl Protection {
     /// All that can be taken away.
-    pub const ALL: [Protection; 15] = [
+    pub const ALL: [Protection; 17] = [
         Protection::Stabilize,
         Protection::TicketsThatDetach,
         Protection::Recovery,
@@ -40,6 +40,8 @@ impl Protection {
         Protection::Array(twin::Protection::WritesToIncoming),
         Protection::Array(twin::Protection::ZoneToken),
         Protection::Array(twin::Protection::FlushedZones),
+        Protection::Array(twin::Protection::LoggedContent),
+        Protection::Array(twin::Protection::ReadToken),
     ];
 
     /// Its name on the command line.
@@ -60,6 +62,8 @@ impl Protection {
             Protection::Array(twin::Protection::WritesToIncoming) => "writes-to-incoming",
             Protection::Array(twin::Protection::ZoneToken) => "zone-token",
             Protection::Array(twin::Protection::FlushedZones) => "flushed-zones",
+            Protection::Array(twin::Protection::LoggedContent) => "logged-content",
+            Protection::Array(twin::Protection::ReadToken) => "read-token",
         }
     }
 

@@ -36,6 +36,8 @@ pub struct Shape {
     pub atomic: u32,
     /// Where members keep settled writes until a flush.
     pub cache: Cache,
+    /// Whether it keeps the guards of its blocks.
+    pub checksums: bool,
     /// Bytes of the requests' pool.
     pub pool: usize,
     /// A protection that is taken away: for the twins.
@@ -68,6 +70,7 @@ impl Shape {
             memory_align: 1,
             atomic: 512,
             cache: Cache::Volatile,
+            checksums: true,
             pool: 16 << 20,
             without: None,
             trace: false,
@@ -103,6 +106,7 @@ impl Shape {
             memory_align: random.pick(&[1, 512]),
             atomic: random.pick(&[512, BLOCK as u32]),
             cache: random.pick(&[Cache::Volatile, Cache::Volatile, Cache::WriteThrough]),
+            checksums: !random.one_in(6),
             // A small pool makes requests wait for memory, and be sampled late.
             pool: random.pick(&[8 << 20, 16 << 20]),
             without: None,
@@ -151,6 +155,7 @@ impl Shape {
                 epoch: 0,
                 in_use: false,
                 log: true,
+                checksums: self.checksums,
                 created: 0,
                 geometry,
                 atomic_unit: self.atomic,

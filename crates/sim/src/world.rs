@@ -772,10 +772,17 @@ impl World {
     /// Nothing is under way and nothing of it is left.
     pub fn leftovers(&mut self) -> Vec<Finding> {
         self.quiet();
-        match self.pool.used() {
-            0 => Vec::new(),
-            used => vec![Finding::Other(format!("POOL-1: {used} bytes are held by nobody"))],
-        }
+        let used = self.pool.used();
+        // No member of such a world is wrong without saying so.
+        let differed = self.health().blocks_differed.load(Ordering::Relaxed);
+        [
+            (used > 0).then(|| format!("POOL-1: {used} bytes are held by nobody")),
+            (differed > 0).then(|| format!("COMPARE-1: {differed} blocks differed in a scrub")),
+        ]
+        .into_iter()
+        .flatten()
+        .map(Finding::Other)
+        .collect()
     }
 
     /// Prints what happens, if anybody wants to know.

@@ -6,11 +6,9 @@ use anyhow::Result;
 use stableio_array::{CreateOptions, create};
 use stableio_mem::Bytes;
 
-use crate::{CreateArgs, Switch};
+use crate::{ChecksumsArg, CreateArgs, Switch};
 
 pub(crate) fn run(args: CreateArgs) -> Result<ExitCode> {
-    // The only one there is; the argument is parsed so that scripts may name it.
-    let crate::ChecksumArg::Crc64Nvme = args.checksum;
     let options = CreateOptions {
         name: args.name,
         level: args.level.into(),
@@ -19,6 +17,7 @@ pub(crate) fn run(args: CreateArgs) -> Result<ExitCode> {
         members: args.members,
         force: args.force,
         log: args.log == Switch::On,
+        checksums: args.checksums == ChecksumsArg::On,
         atomic_unit: args.atomic_unit.map(|unit| unit.0 as u32),
     };
     let superblock = create(&options)?;
@@ -38,10 +37,19 @@ pub(crate) fn run(args: CreateArgs) -> Result<ExitCode> {
              (--atomic-unit 4KiB if power failure does not tear 4 KiB on any member)"
         );
     }
-    if !superblock.log {
-        println!(
+    match (superblock.log, superblock.checksums) {
+        (true, true) => {}
+        (false, true) => println!(
             "log off: a block in flight at a crash may be lost, and the parity of its row old"
-        );
+        ),
+        (true, false) => println!(
+            "checksums off: what a member reads back wrong, without an error, is not noticed and \
+             may spread; the content of every write goes through the log"
+        ),
+        (false, false) => println!(
+            "checksums and log off: what the member reads back wrong, without an error, is not \
+             noticed, and a block in flight at a crash may hold anything"
+        ),
     }
     let members: Vec<_> = options.members.iter().map(|m| m.display().to_string()).collect();
     println!(

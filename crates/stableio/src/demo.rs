@@ -78,6 +78,7 @@ fn serve_demo(dir: &Path) -> Result<ExitCode> {
             members,
             force: false,
             log: true,
+            checksums: true,
             atomic_unit: None,
         })?;
         println!("made the array 'demo' in {}", dir.display());

@@ -103,9 +103,10 @@ struct CreateArgs {
     /// given. With 512 the content of every write goes through the log
     #[arg(long, value_parser = atomic_unit)]
     atomic_unit: Option<Bytes>,
-    /// Checksum of each 4 KiB block
-    #[arg(long, value_enum, default_value = "crc64-nvme")]
-    checksum: ChecksumArg,
+    /// A CRC-64 of each 4 KiB block; off: what a member reads back wrong, without an error, is not
+    /// noticed, and the content of every write goes through the log
+    #[arg(long, alias = "checksum", value_enum, default_value = "on")]
+    checksums: ChecksumsArg,
     /// Bytes of a member in a row before the next has its turn
     #[arg(long, default_value = "64KiB")]
     chunk: Bytes,
@@ -318,10 +319,13 @@ fn atomic_unit(text: &str) -> Result<Bytes, String> {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum ChecksumArg {
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ChecksumsArg {
     /// CRC-64 as in NVMe protection information
-    Crc64Nvme,
+    #[value(alias = "crc64-nvme")]
+    On,
+    /// None
+    Off,
 }
 
 impl From<LevelArg> for Level {

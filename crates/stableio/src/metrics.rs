@@ -259,6 +259,11 @@ fn text(r: &Report) -> String {
 fn of_array(r: &Report, lines: &mut Lines<'_>) {
     let counters = [
         ("blocks_mended_total", "Blocks brought back and written again.", r.blocks_mended),
+        (
+            "blocks_differed_total",
+            "Copies and parity that a scrub without checksums found to differ.",
+            r.blocks_differed,
+        ),
         ("tuples_mended_total", "Tuples brought back from a copy.", r.tuples_mended),
         ("lost_reads_total", "Reads of blocks that nothing brings back.", r.lost_reads),
         ("blocks_lost_total", "Blocks lost in a crash or a rebuild.", r.blocks_lost),

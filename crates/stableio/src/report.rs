@@ -60,10 +60,13 @@ pub(crate) struct Report {
     pub(crate) members: Vec<MemberReport>,
     pub(crate) rebuild: Option<ProgressReport>,
     pub(crate) scrub: Option<ProgressReport>,
+    /// Whether blocks have checksums; `None` where there is no array.
+    pub(crate) checksums: Option<bool>,
     /// `None` without a log.
     pub(crate) log: Option<LogReport>,
     pub(crate) benign_mismatches: u64,
     pub(crate) blocks_mended: u64,
+    pub(crate) blocks_differed: u64,
     pub(crate) tuples_mended: u64,
     pub(crate) lost_reads: u64,
     pub(crate) rows_recovered: u64,
@@ -152,12 +155,14 @@ impl Served {
             members: members.iter().enumerate().map(MemberReport::of).collect(),
             rebuild: health.and_then(|health| ProgressReport::of(&health.rebuild)),
             scrub: health.and_then(|health| ProgressReport::of(&health.scrub)),
+            checksums: self.array.as_ref().map(|array| array.superblock.checksums),
             log: self.array.as_ref().filter(|array| array.superblock.log).map(|array| LogReport {
                 used_blocks: count(|h| &h.log_used),
                 blocks: u64::from(array.superblock.geometry.log_blocks),
             }),
             benign_mismatches: count(|h| &h.benign_mismatches),
             blocks_mended: count(|h| &h.blocks_mended),
+            blocks_differed: count(|h| &h.blocks_differed),
             tuples_mended: count(|h| &h.tuples_mended),
             lost_reads: count(|h| &h.lost_reads),
             rows_recovered: count(|h| &h.rows_recovered),
@@ -201,9 +206,10 @@ impl ServedArray {
 }
 
 impl Report {
-    /// Blocks and tuples mended, and reads of lost blocks, so far.
-    pub(crate) fn mending(&self) -> (u64, u64, u64) {
-        (self.blocks_mended, self.tuples_mended, self.lost_reads)
+    /// Blocks and tuples mended, reads of lost blocks, and blocks that differed
+    /// in scrubs, so far.
+    pub(crate) fn mending(&self) -> [u64; 4] {
+        [self.blocks_mended, self.tuples_mended, self.lost_reads, self.blocks_differed]
     }
 }
 

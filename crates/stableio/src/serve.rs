@@ -60,6 +60,7 @@ pub(crate) fn run(args: ServeArgs) -> Result<ExitCode> {
     // Before any thread runs, so that all inherit it: signals are waited for.
     let signals = Signals::block();
     let plan = Plan::of(&args)?;
+    plan.allows(&args.exports)?;
     let names = names(&args.exports, &plan.name())?;
     let listeners = listeners(&args.exports)?;
     let metrics = args.metrics.as_ref().map(Opened::of).transpose()?;
@@ -152,6 +153,27 @@ impl Plan {
             }
         }
         Ok(Plan::Raw(path.clone()))
+    }
+
+    /// Whether it may be served so. A promise that is broken is found out by
+    /// checksums only, before it damages more than the guest's own blocks.
+    fn allows(&self, exports: &[ExportSpec]) -> Result<()> {
+        let promise = |spec: &&ExportSpec| {
+            matches!(spec.protocol, Protocol::VhostUserBlk { stable: true, .. })
+        };
+        match self {
+            Plan::Array(assembly) if !assembly.superblock.checksums => {
+                match exports.iter().find(promise) {
+                    None => Ok(()),
+                    Some(_) => bail!(
+                        "'{}' has no checksums, and does not take buffers=stable: nothing would \
+                         find out that a guest changed one",
+                        assembly.superblock.name
+                    ),
+                }
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The array's name, or one made of the image's.

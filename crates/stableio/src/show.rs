@@ -120,7 +120,7 @@ pub(crate) fn examine(path: &Path, as_json: bool) -> Result<ExitCode> {
             "member": sb.member.to_string(), "role": sb.role, "level": g.level, "members": g.members,
             "chunk_bytes": g.chunk_bytes(), "size_bytes": g.size(), "member_size_bytes": g.member_size,
             "generation": sb.generation, "epoch": sb.epoch, "in_use": sb.in_use, "created": sb.created,
-            "log": sb.log, "atomic_unit_bytes": sb.atomic_unit, "scrub_zones": sb.scrub,
+            "log": sb.log, "checksums": sb.checksums, "atomic_unit_bytes": sb.atomic_unit, "scrub_zones": sb.scrub,
             "log_at": LOG_AT, "log_bytes": log_bytes, "guards_at": g.guards_at(),
             "data_at": g.data_at(), "roles": roles, "bad_copies": probe.bad_copies,
         });
@@ -134,13 +134,18 @@ pub(crate) fn examine(path: &Path, as_json: bool) -> Result<ExitCode> {
     row("array", format!("'{}' ({})", sb.name, sb.array));
     row("member", format!("{}, role {} of {}", sb.member, sb.role, g.members));
     row("level", format!("{}, chunk {}", g.level.name(), Bytes(g.chunk_bytes())));
-    row("checksum", "crc64-nvme, of each 4 KiB".to_owned());
+    let checksums = match sb.checksums {
+        true => "crc64-nvme, of each 4 KiB",
+        false => "off: what a member reads back wrong is not noticed",
+    };
+    row("checksums", checksums.to_owned());
     row("size", format!("{} of members of {}", Bytes(g.size()), Bytes(g.member_size)));
     row("generation", format!("{} (epoch {})", sb.generation, sb.epoch));
     row("shut down", if sb.in_use { "no: in use, or it crashed" } else { "yes" }.to_owned());
     let log = match sb.log {
         true => format!("{} from byte {LOG_AT}", Bytes(log_bytes)),
-        false => "off: a block in flight at a crash may be lost".to_owned(),
+        false if sb.checksums => "off: a block in flight at a crash may be lost".to_owned(),
+        false => "off: a block in flight at a crash may hold anything".to_owned(),
     };
     row("log", log);
     row("atomic unit", format!("{}: not torn by power failure", Bytes(u64::from(sb.atomic_unit))));

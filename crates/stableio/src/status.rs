@@ -131,9 +131,16 @@ fn about_array(r: &Report) -> Vec<(&'static str, String)> {
             lines.push((what, progress.line()));
         }
     }
+    let unguarded = r.checksums == Some(false);
+    if unguarded {
+        let differed = format!("{} found to differ in scrubs", r.blocks_differed);
+        let why = "what a member reads back wrong is not noticed";
+        lines.push(("checksums", format!("off: {why}; {differed}")));
+    }
+    let lost = if unguarded { "hold anything" } else { "be lost" };
     lines.push(match &r.log {
         Some(log) => ("log", log.line()),
-        None => ("log off:", "a block in flight at a crash may be lost".to_owned()),
+        None => ("log off:", format!("a block in flight at a crash may {lost}")),
     });
     lines.push(("mended", format!("{} blocks, {} tuples", r.blocks_mended, r.tuples_mended)));
     lines.push(("lost", format!("{} blocks; {} reads failed", r.blocks_lost, r.lost_reads)));

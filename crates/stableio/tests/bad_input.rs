@@ -469,9 +469,14 @@ fn shapes_that_can_not_be_are_refused() -> io::Result<()> {
     }
     place.misused(&["create", "a"], &["<MEMBERS>"])?;
     for (option, says) in
-        [("--level=raid0", "raid5"), ("--chunk=64XB", "64XB"), ("--checksum=md5", "crc64")]
+        [("--level=raid0", "raid5"), ("--chunk=64XB", "64XB"), ("--checksums=md5", "on, off")]
     {
         place.misused(&["create", "a", option, sized[0], new[0], new[1], new[2]], &[says])?;
+    }
+    for level in ["raid1", "raid5", "raid6"] {
+        let level = &format!("--level={level}");
+        let neither = [level, "--checksums=off", "--log=off", sized[0], new[0], new[1], new[2]];
+        place.refused(&[&["create", "a"], &neither[..]].concat(), &["--checksums off", "log"])?;
     }
     // Files may be sparse, but not of any size: 2 EiB is a file that a file system in memory
     // would make, 4 EiB none that any would, and 16 EiB no number of bytes.

@@ -124,6 +124,52 @@ fn a_scrub_finds_and_mends_rot() -> io::Result<()> {
 }
 
 /// Turns bytes over in the data of a member, that of each in another block.
+/// What an array without checksums is and costs is said when it is made, and by every command that
+/// shows it; a scrub tells what it finds.
+#[test]
+fn an_array_without_checksums_says_so() -> io::Result<()> {
+    let scratch = Scratch::new()?;
+    let members: Vec<_> = (0..3).map(|role| scratch.path(&format!("m{role}"))).collect();
+    let made = ["create", "disk", "--checksums", "off", "--member-size", "16MiB"];
+    let made: Vec<&str> = made.into_iter().chain(members.iter().map(|m| text(m))).collect();
+    let array = Raid5::of(scratch, members.clone());
+    let said = done(&array, &made)?;
+    assert!(said.contains("checksums off: what a member reads back wrong"), "{said}");
+    assert_eq!(array.examine(0)?["checksums"], false);
+    let said = done(&array, &["examine", text(&members[1])])?;
+    assert!(said.contains("off: what a member reads back wrong is not noticed"), "{said}");
+
+    // Nothing would find out that the promise is broken.
+    let vhost = array.vhost.clone().with("buffers", "stable").argument();
+    let serve = ["serve", text(&members[0]), text(&members[1]), text(&members[2]), "--export"];
+    refused(&array, &[&serve[..], &[&vhost]].concat(), "buffers=stable")?;
+
+    let server = array.serve()?;
+    let now = status(&array.scratch)?;
+    assert_eq!(now["checksums"], false, "{now:#}");
+    let said = done(&array, &["status"])?;
+    assert!(said.contains("checksums off: what a member reads back wrong"), "{said}");
+    if !require_tools(&["qemu-io"]) {
+        return Ok(());
+    }
+    qemu_io(&array.nbd.uri(), &WRITES)?;
+    qemu_io(&array.nbd.uri(), &READS)?;
+    assert!(server.kill9()?.status.code().is_none());
+    let server = array.serve()?;
+    qemu_io(&array.nbd.uri(), &READS)?;
+    assert!(server.terminate()?.status.success());
+
+    flip_bytes(&array, 2, 5)?;
+    let server = array.serve()?;
+    let said = done(&array, &["scrub", "disk", "--wait"])?;
+    assert!(said.contains("5 copies or parities differed"), "{said}");
+    let now = status(&array.scratch)?;
+    assert_eq!(now["blocks_differed"], 5, "{now:#}");
+    assert_eq!(now["blocks_mended"], 0, "{now:#}");
+    assert!(server.terminate()?.status.success());
+    Ok(())
+}
+
 fn flip_bytes(array: &Raid5, role: usize, count: u64) -> io::Result<()> {
     let data = array.examine(role)?["data_at"].as_u64().expect("data_at");
     let file = File::options().read(true).write(true).open(&array.members[role])?;

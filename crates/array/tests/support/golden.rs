@@ -18,14 +18,16 @@ const MEMBER_SIZE: u64 = 1_572_864;
 /// Blocks from here on were never written, but for the array's last one.
 const USED: u64 = 48;
 
-/// Name, level, members, chunk, and whether it was shut down.
-pub(crate) const IMAGES: [(&str, Level, usize, u64, bool); 5] = [
-    ("single", Level::Single, 1, 8192, true),
-    ("raid1", Level::Raid1, 2, 8192, true),
-    ("raid5", Level::Raid5, 3, 8192, true),
-    ("raid6", Level::Raid6, 4, 8192, true),
-    ("raid5-crashed", Level::Raid5, 3, 8192, false),
+/// Name, level, members, and whether it was shut down and has checksums.
+pub(crate) const IMAGES: [(&str, Level, usize, bool, bool); 6] = [
+    ("single", Level::Single, 1, true, true),
+    ("raid1", Level::Raid1, 2, true, true),
+    ("raid5", Level::Raid5, 3, true, true),
+    ("raid6", Level::Raid6, 4, true, true),
+    ("raid5-crashed", Level::Raid5, 3, false, true),
+    ("raid5-plain", Level::Raid5, 3, false, false),
 ];
+const CHUNK: u64 = 8192;
 
 /// Bytes that only this block has, at this round of writing: mostly zeros, so
 /// that images are small.
@@ -79,13 +81,17 @@ fn fill(open: &Open, before_the_last: impl FnOnce()) {
 /// Makes all images, in this folder. The one that was not shut down is as
 /// after a power failure: the last writes have reached only some members.
 pub(crate) fn generate(into: &Path) {
-    for (name, level, members, chunk, shut_down) in IMAGES {
-        let bed = Bed::of_size(level, members, chunk, MEMBER_SIZE);
+    for (name, level, members, shut_down, checksums) in IMAGES {
+        let bed = Bed::made(level, members, CHUNK, MEMBER_SIZE, checksums);
         let open = bed.open();
         let mut before = Vec::new();
         let mut after = Vec::new();
         let read_all = || bed.members.iter().map(|m| std::fs::read(m).unwrap()).collect();
-        fill(&open, || before = read_all());
+        fill(&open, || {
+            // The log has all that comes from here on.
+            open.array.device().checkpoint().wait().unwrap();
+            before = read_all();
+        });
         if !shut_down {
             after = read_all();
             let data_at = open.array.superblock().geometry.data_at() as usize;

@@ -55,6 +55,21 @@ impl Bed {
     }
 
     pub(crate) fn of_size(level: Level, members: usize, chunk: u64, size: u64) -> Self {
+        Self::made(level, members, chunk, size, true)
+    }
+
+    /// One whose blocks have no checksums.
+    pub(crate) fn plain(level: Level, members: usize, chunk: u64) -> Self {
+        Self::made(level, members, chunk, 8 << 20, false)
+    }
+
+    pub(crate) fn made(
+        level: Level,
+        members: usize,
+        chunk: u64,
+        size: u64,
+        checksums: bool,
+    ) -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let members: Vec<_> = (0..members).map(|i| dir.path().join(format!("m{i}"))).collect();
         let options = CreateOptions {
@@ -65,6 +80,7 @@ impl Bed {
             members: members.clone(),
             force: false,
             log: true,
+            checksums,
             atomic_unit: None,
         };
         create(&options).unwrap();

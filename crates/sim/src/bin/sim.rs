@@ -37,7 +37,8 @@ struct Arguments {
     /// Take a protection away: `stabilize`, `tickets-that-detach`, `recovery`,
     /// `flushes`, `log`, `logged-guards`, `verified-parity`, `row-token`,
     /// `tuples-before-tail`, `content-backwards`, `flushed-versions`,
-    /// `writes-to-incoming`, `zone-token`, `flushed-zones`, `blank-copies`.
+    /// `writes-to-incoming`, `zone-token`, `flushed-zones`, `blank-copies`,
+    /// `logged-content`, `read-token`.
     #[arg(long, value_name = "PROTECTION")]
     without: Option<Protection>,
     /// In one of so many worlds, `tools/extract.py` takes the data out of what

@@ -223,6 +223,7 @@ fn make_members(options: &TortureOptions, dir: &Path) -> anyhow::Result<Vec<Path
         members: paths.clone(),
         force: false,
         log: true,
+        checksums: true,
         atomic_unit: None,
     })?;
     Ok(paths)
