@@ -240,11 +240,7 @@ impl ArrayDevice {
         self.worker.spawn(move || async move {
             let fail =
                 |kind| Error { kind, op: OpName::Flush, device: name.clone(), at: 0, len: 0 };
-            let engine = ENGINES.with(|engines| {
-                let mut engines = engines.borrow_mut();
-                let index = engines.iter().position(|(k, _)| *k == key);
-                index.map(|i| engines.swap_remove(i).1)
-            });
+            let engine = take_engine(key);
             let engine = engine.ok_or_else(|| fail(Kind::Stopped))?;
             engine.close().await.map_err(fail)
         })
@@ -413,6 +409,29 @@ fn read_here(
         return Ticket::ready(Ok(read.into_reply()));
     }
     exec::spawn_begun(async move { engine.finish_block(read, issuer).await.map_err(fail) })
+}
+
+impl Drop for ArrayDevice {
+    /// Nobody can reach the engine any more: it goes, without having been
+    /// closed, as if the process had died.
+    fn drop(&mut self) {
+        let key = self.key;
+        // Here where its worker was this thread, if that is gone.
+        if take_engine(key).is_none() {
+            drop(self.worker.spawn(move || async move { drop(take_engine(key)) }));
+        }
+    }
+}
+
+/// Forgets the engine of an array of this worker's; who has it still has it.
+fn take_engine(key: u64) -> Option<Rc<Engine>> {
+    let taken = ENGINES.try_with(|engines| {
+        let mut engines = engines.borrow_mut();
+        let index = engines.iter().position(|(k, _)| *k == key);
+        index.map(|i| engines.swap_remove(i).1)
+    });
+    // Without them the thread is at its end.
+    taken.ok().flatten()
 }
 
 /// The engine of an array of this worker's, while it is open.

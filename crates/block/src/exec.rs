@@ -7,6 +7,10 @@
 //! EXEC-1: a future runs, and is dropped, only on its executor's thread.
 //!
 //! EXEC-2: a task runs to its end whether or not anybody waits for it.
+//!
+//! EXEC-3: an executor that is dropped drops its tasks, also those that wait
+//! for something, whoever holds their wakers: a task and what it waits for
+//! often hold each other.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -27,6 +31,82 @@ thread_local! {
 struct Current {
     shared: Arc<Shared>,
     queue: Rc<RefCell<VecDeque<Runnable>>>,
+    parked: Rc<Parked>,
+}
+
+/// The tasks of an executor that have waited for something (EXEC-3).
+#[derive(Default)]
+struct Parked {
+    wakers: RefCell<Vec<Option<Waker>>>,
+    free: RefCell<Vec<usize>>,
+}
+
+impl Parked {
+    fn add(self: Rc<Self>, waker: Waker) -> Place {
+        let free = self.free.borrow_mut().pop();
+        let mut wakers = self.wakers.borrow_mut();
+        let index = free.unwrap_or_else(|| {
+            wakers.push(None);
+            wakers.len() - 1
+        });
+        wakers[index] = Some(waker);
+        drop(wakers);
+        Place { parked: self, index }
+    }
+
+    /// Wakes all that still wait; says whether there were any.
+    fn wake(&self) -> bool {
+        let woken: Vec<Waker> =
+            self.wakers.borrow_mut().iter_mut().filter_map(Option::take).collect();
+        let any = !woken.is_empty();
+        woken.into_iter().for_each(Waker::wake);
+        any
+    }
+}
+
+/// A task's place among the parked; given up when dropped.
+struct Place {
+    parked: Rc<Parked>,
+    index: usize,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Dropped apart: it may be the last that keeps something else.
+        let waker = self.parked.wakers.borrow_mut()[self.index].take();
+        self.parked.free.borrow_mut().push(self.index);
+        drop(waker);
+    }
+}
+
+/// A task's future, known to its executor from its first wait on. One that is
+/// done at once costs nothing.
+struct Known<F> {
+    future: F,
+    place: Option<Place>,
+}
+
+impl<F> Known<F> {
+    fn new(future: F) -> Self {
+        Self { future, place: None }
+    }
+}
+
+impl<F: Future> Future for Known<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        // SAFETY: `future` is not moved out of the pinned value, here or when
+        // it is dropped, which has no `Drop` of its own; `place` is not pinned.
+        let this = unsafe { self.get_unchecked_mut() };
+        // SAFETY: as above.
+        let polled = unsafe { Pin::new_unchecked(&mut this.future) }.poll(cx);
+        if polled.is_pending() && this.place.is_none() {
+            let parked = CURRENT.with(|c| c.borrow().as_ref().map(|c| c.parked.clone()));
+            this.place = parked.map(|parked| parked.add(cx.waker().clone()));
+        }
+        polled
+    }
 }
 
 /// What other threads see of an executor.
@@ -46,6 +126,7 @@ struct Remote {
 pub struct Executor {
     shared: Arc<Shared>,
     queue: Rc<RefCell<VecDeque<Runnable>>>,
+    parked: Rc<Parked>,
 }
 
 /// Reaches an executor from any thread.
@@ -71,7 +152,7 @@ impl Executor {
         let remote = Mutex::new(Remote { queue: Vec::new(), closed: false });
         let shared =
             Arc::new(Shared { remote, told: AtomicBool::new(false), tell: Box::new(tell) });
-        Self { shared, queue: Rc::default() }
+        Self { shared, queue: Rc::default(), parked: Rc::default() }
     }
 
     /// Reaches this executor.
@@ -87,7 +168,8 @@ impl Executor {
                 CURRENT.with(|c| *c.borrow_mut() = self.0.take());
             }
         }
-        let current = Current { shared: self.shared.clone(), queue: self.queue.clone() };
+        let (shared, queue) = (self.shared.clone(), self.queue.clone());
+        let current = Current { shared, queue, parked: self.parked.clone() };
         let _leave = Leave(CURRENT.with(|c| c.borrow_mut().replace(current)));
         body()
     }
@@ -125,16 +207,19 @@ impl Executor {
 }
 
 impl Drop for Executor {
-    /// Drops every task that is queued, here, on its own thread (EXEC-1).
-    /// Tasks that wait for something stay with whoever holds their waker.
+    /// Drops every task (EXEC-3), here, on its own thread (EXEC-1).
     fn drop(&mut self) {
         self.enter(|| {
             self.shared.lock().closed = true;
             loop {
                 self.shared.told.store(true, Ordering::Release);
                 self.take_remote();
-                let Some(runnable) = self.queue.borrow_mut().pop_front() else { break };
-                drop(runnable);
+                let runnable = self.queue.borrow_mut().pop_front();
+                match runnable {
+                    Some(runnable) => drop(runnable),
+                    None if self.parked.wake() => {}
+                    None => break,
+                }
             }
         });
     }
@@ -189,8 +274,9 @@ impl Handle {
         // `Send`: it holds an `Rc`); `Shared::schedule` leaks it otherwise.
         // Future and schedule function are `'static`; the schedule function
         // is `Send + Sync`.
-        let (runnable, task) =
-            unsafe { async_task::spawn_unchecked(async move { make().await }, schedule) };
+        let (runnable, task) = unsafe {
+            async_task::spawn_unchecked(Known::new(async move { make().await }), schedule)
+        };
         runnable.schedule();
         Ticket(Inner::Task(task.fallible()))
     }
@@ -242,7 +328,7 @@ where
     let schedule = move |runnable| shared.schedule(runnable);
     // SAFETY: as in `Handle::spawn`; the future is made on the executor's own
     // thread and never leaves it: `spawn_begun` runs it there once itself.
-    let (runnable, task) = unsafe { async_task::spawn_unchecked(future, schedule) };
+    let (runnable, task) = unsafe { async_task::spawn_unchecked(Known::new(future), schedule) };
     (runnable, Ticket(Inner::Task(task.fallible())))
 }
 
@@ -395,6 +481,26 @@ mod tests {
         executor.enter(|| while executor.run(10) {});
         assert_eq!(*seen.borrow(), ["detached"]);
         assert_eq!(ticket.wait(), Ok(7));
+    }
+
+    #[test]
+    fn tasks_that_wait_are_dropped_with_their_executor() {
+        let executor = Executor::new(|| {});
+        let kept = Rc::new(crate::sync::Condition::default());
+        let ticket = executor.enter(|| {
+            // One that waits for what it keeps itself, one for that one.
+            let condition = kept.clone();
+            let inner = spawn(async move {
+                condition.wait_for(|| None::<()>).await;
+                Ok::<_, crate::Error>(())
+            });
+            spawn(inner)
+        });
+        executor.enter(|| while executor.run(10) {});
+        assert_eq!(Rc::strong_count(&kept), 2);
+        drop(executor);
+        assert_eq!(Rc::strong_count(&kept), 1);
+        assert_eq!(ticket.wait().unwrap_err().kind, crate::Kind::Stopped);
     }
 
     #[test]
