@@ -1,9 +1,12 @@
 //! The state of every role, on its way to every superblock.
+//!
+//! SAVE-1: of a member's two copies the one that counts is written last, once
+//! the other is durable: power failure may have torn that other one already.
 
 use std::cell::Cell;
 
 use stableio_block::sync::Condition;
-use stableio_block::{Error, Kind, Request};
+use stableio_block::{Error, Kind, Op, Request};
 use stableio_mem::{BLOCK, SgList};
 
 use crate::engine::Engine;
@@ -17,6 +20,15 @@ pub(crate) struct Saves {
     done: Cell<u64>,
     busy: Cell<bool>,
     changed: Condition,
+    /// Whether the superblocks say that members are missing: what a crash
+    /// would leave, whoever is there by now.
+    missing: Cell<bool>,
+}
+
+impl Saves {
+    pub(crate) fn say_missing(&self) -> bool {
+        self.missing.get()
+    }
 }
 
 impl Engine {
@@ -101,6 +113,7 @@ impl Engine {
                 self.drop_incoming(role, &error);
             }
         }
+        self.saves.missing.set(superblock.missing() > 0);
     }
 
     async fn write_superblock(
@@ -114,11 +127,28 @@ impl Engine {
         let mut buf = memory.take(BLOCK);
         buf.copy_from(0, &block[..]);
         let buf = buf.freeze();
-        for at in [0, self.geometry.second_superblock_at()] {
-            // One copy is durable before the other is touched.
-            self.write_and_flush(role, at, buf.source(), to_next).await?;
+        let [mut first, mut last] = [0, self.geometry.second_superblock_at()];
+        let copies = [
+            self.read_superblock(role, first, to_next).await,
+            self.read_superblock(role, last, to_next).await,
+        ];
+        if copies[0] > copies[1] {
+            std::mem::swap(&mut first, &mut last);
         }
-        Ok(())
+        self.write_and_flush(role, first, buf.source(), to_next).await?;
+        self.write_and_flush(role, last, buf.source(), to_next).await
+    }
+
+    /// The generation of a copy, if it is whole and ours.
+    async fn read_superblock(&self, role: usize, at: u64, to_next: bool) -> Option<u64> {
+        let mut buf = self.meta.reserve(BLOCK).await.expect("smaller than the pool").take(BLOCK);
+        let into = stableio_block::Into::Segments(buf.target(0..BLOCK));
+        let read = Request::of(Op::Read { at, into });
+        // One that can not be read is none.
+        self.on_device(role, to_next, read).await.ok()?;
+        let block = buf.freeze();
+        let found = Superblock::parse(block.contiguous(0, BLOCK).try_into().expect("a block"));
+        found.ok().filter(|found| found.array == self.array).map(|found| found.generation)
     }
 
     async fn write_and_flush(

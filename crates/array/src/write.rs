@@ -325,7 +325,8 @@ impl Engine {
             });
         }
         let parities = g.level.parities();
-        let part = parities > 0 && (!band.is_full() || self.missing() > 0);
+        let missing = self.missing() > 0 || self.saves.say_missing();
+        let part = parities > 0 && (!band.is_full() || missing);
         let told_apart = self.checksums || lacks(Protection::LoggedContent);
         let log_content = part || self.atomic_unit < BLOCK as u32 || !told_apart;
         let at = g.member_offset(band.stripe, band.rows.start);

@@ -83,6 +83,8 @@ pub struct Checker {
     images: Vec<Option<Image>>,
     /// By page and member, as they were parsed.
     pages: RefCell<HashMap<(u64, usize), Page>>,
+    /// Whether everything was looked through before.
+    scrubbed: bool,
 }
 
 /// The tuples of a page; `None` where it is damaged.
@@ -92,7 +94,13 @@ impl Checker {
     /// Of these images by role; `None` is a member that is not there.
     pub fn new(superblock: &Superblock, images: Vec<Option<Image>>) -> Self {
         let superblock = superblock.clone();
-        Self { geometry: superblock.geometry, superblock, images, pages: RefCell::default() }
+        let (geometry, pages) = (superblock.geometry, RefCell::default());
+        Self { geometry, superblock, images, pages, scrubbed: false }
+    }
+
+    /// The same after everything was looked through, and mended.
+    pub fn after_scrub(self) -> Self {
+        Self { scrubbed: true, ..self }
     }
 
     /// Looks at every row.
@@ -165,9 +173,9 @@ impl Checker {
             }
         }
         let has_q = parities[1].is_some_and(|member| self.images[member].is_some());
-        // Who alone has the tuple of Q, and could not be read once, lost it.
-        let alone = parities[0].is_some_and(|member| self.images[member].is_none());
-        let forgotten = |tuple: &Tuple| alone && tuple.state == State::Lost;
+        // Where none of those that have the tuple of Q could be read, once, it
+        // is forgotten until a scrub.
+        let forgotten = |tuple: &Tuple| !self.scrubbed && tuple.state == State::Lost;
         let q = q.filter(|tuple| any && whole && has_q && !forgotten(tuple));
         if q.is_some_and(|tuple| !tuple.matches(onepass::guard(&sums[1]))) {
             findings.push(Finding::Tuples { block: block_number(g, place) });

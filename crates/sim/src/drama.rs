@@ -189,19 +189,21 @@ impl Play {
     }
 
     /// Something goes wrong with a member that is being filled: it is dropped,
-    /// and the array goes on. Only what shows at once: it may take its place
-    /// soon, where nothing may be wrong any more.
+    /// and the array goes on. Only what shows at once.
     fn misfortune_of_the_new(&mut self, world: &mut World) {
-        let Some(member) = world.incoming.iter().flatten().next().cloned() else { return };
-        if self.shape.redundancy() == 0 {
-            // It may have taken its place this very moment: then nobody is left.
+        let is_new = |role: &usize| world.health().members[*role].next().is_some();
+        let Some(role) = (0..world.incoming.len()).find(is_new) else { return };
+        // It may take its place this very moment: then it is one of those at
+        // fault.
+        if !self.plan.culprits.contains(&role) {
             return;
         }
+        let Some(member) = world.incoming[role].clone() else { return };
         world.coverage.note(Event::FaultsDuringRebuild);
         world.tell(|| format!("something is wrong with {}", member.name()));
         match self.random.below(4) {
             0 => member.break_down(),
-            1 if !self.plan.culprits.is_empty() => member.fail_a_write(),
+            1 => member.fail_a_write(),
             _ => world.stall(member, self.random.below(LONG), false),
         }
     }
@@ -440,7 +442,7 @@ impl Play {
             self.note([Finding::Other(format!("closing: {error}"))]);
         }
         if !self.rotten {
-            self.check_images(&mut world);
+            self.check_images(&mut world, false);
         }
         // What nobody looks at rots too.
         if self.plan.faults.contains(&Fault::Blank) {
@@ -469,14 +471,15 @@ impl Play {
         }
         let findings = world.read_all(&BTreeSet::new());
         self.note(findings);
-        if self.rotten || self.plan.scrubs {
+        let scrubbed = self.rotten || self.plan.scrubs;
+        if scrubbed {
             self.scrub_all(&mut world);
         }
         self.note(world.leftovers());
         if let Err(error) = world.close() {
             self.note([Finding::Other(format!("closing: {error}"))]);
         }
-        self.check_images(&mut world);
+        self.check_images(&mut world, scrubbed);
         Ok(world.stop(Stop::Death))
     }
 

@@ -462,7 +462,9 @@ impl Play {
     }
 
     /// What the members hold once the array is closed: CHECK-1 to CHECK-3.
-    pub(crate) fn check_images(&mut self, world: &mut World) {
-        self.note(world.checker().all());
+    pub(crate) fn check_images(&mut self, world: &mut World, scrubbed: bool) {
+        let checker = world.checker();
+        let checker = if scrubbed { checker.after_scrub() } else { checker };
+        self.note(checker.all());
     }
 }
