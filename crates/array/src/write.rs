@@ -9,8 +9,9 @@
 //!
 //! WRITE-4: the new content goes into the log too where its being written in
 //! part could cost more than itself: of rows that are not written wholly,
-//! while a member is missing, and where power failure tears blocks; and of
-//! every write without checksums, where recovery could tell nothing apart.
+//! while a member is missing, or the superblocks still say that one is, and
+//! where power failure tears blocks; and of every write without checksums,
+//! where recovery could tell nothing apart.
 //!
 //! WRITE-5: what the log does not take at once is written in several steps,
 //! each of whole bands and with all of WRITE-3, under the one token.
