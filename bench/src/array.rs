@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use stableio_array::superblock::Id;
 use stableio_array::{Level, TendError, prepare_replacement};
 use stableio_block::{Stack, Worker};
 use stableio_testkit::{Mounted, Scratch};
@@ -107,7 +108,8 @@ impl Try {
     fn row(&self, plan: &Plan, worker: &Worker, file: &Stack) -> anyhow::Result<Row> {
         let unit = if self.load.block == 4 << 10 { Unit::OpsPerS } else { Unit::MibPerS };
         let case = Case { family: NAME, name: self.name, unit, target: Some(self.target) };
-        let mut shape = Shape::new(self.level, self.members, self.load.area);
+        let shape = Shape::new(self.level, self.members, self.load.area);
+        let mut shape = Shape { large: true, ..shape };
         if !self.cached {
             shape.tuples = FEW_TUPLES;
         }
@@ -131,7 +133,8 @@ fn over_btrfs(plan: &Plan, worker: &Worker) -> anyhow::Result<Option<Row>> {
     };
     let case = Case { family: NAME, name: OVER_BTRFS, unit: Unit::OpsPerS, target: Some(4.0) };
     let file = bed::file_stack(&btrfs.path().join("file"), AREA_BYTES, worker)?;
-    let bed = plan.ours(|| Bed::on_files(Shape::new(Level::Raid5, 3, AREA_BYTES), worker))?;
+    let shape = Shape { large: true, ..Shape::new(Level::Raid5, 3, AREA_BYTES) };
+    let bed = plan.ours(|| Bed::on_files(shape, worker))?;
     let mut side = bed.as_ref().map(|bed| bed.stack.clone()).map_err(String::clone);
     let mut peer = plan.peer(file);
     let row = compare(case, &mut side, &mut peer, BTRFS, |stack| {
@@ -178,7 +181,10 @@ fn rebuild(plan: &Plan, worker: &Worker, file: &Stack) -> anyhow::Result<Row> {
         array.begin_remove(ROLE).wait().map_err(io::Error::other)?;
         let member = &bed.array.health().members[ROLE];
         let began = Instant::now();
-        array.begin_replace(ROLE, device, "spare".to_owned()).wait().map_err(io::Error::other)?;
+        array
+            .begin_replace(ROLE, Id::random(), device, "spare".to_owned())
+            .wait()
+            .map_err(io::Error::other)?;
         bed::wait_until(|| member.next().is_none());
         let took = began.elapsed().as_secs_f64();
         match member.in_sync.load(Ordering::Relaxed) {

@@ -23,6 +23,10 @@ const POOL_BYTES: usize = 256 << 20;
 const CHUNK_BYTES: u64 = 64 << 10;
 /// What a member needs beside its data: superblocks, log, tuples.
 const BESIDE_DATA: u64 = 32 << 20;
+/// The same of a member whose log has its full size.
+const BESIDE_DATA_OF_LARGE: u64 = 128 << 20;
+/// From this size on the log does.
+const LARGE_MEMBER_BYTES: u64 = 4 << 30;
 
 /// The shape of an array, and what it is opened with.
 #[derive(Clone, Copy)]
@@ -36,27 +40,36 @@ pub(crate) struct Shape {
     pub(crate) atomic_unit: u32,
     /// Bytes for cached tuples.
     pub(crate) tuples: usize,
+    /// Members larger than what is needed, and sparse: the log is then as
+    /// large as that of any disk.
+    pub(crate) large: bool,
 }
 
 impl Shape {
     /// With a log, on members that write blocks of 4 KiB whole, as most disks do.
     pub(crate) fn new(level: Level, members: usize, bytes: u64) -> Self {
         let tuples = ArrayOptions::default().page_cache;
-        Self { level, members, bytes, log: true, atomic_unit: 4096, tuples }
+        Self { level, members, bytes, log: true, atomic_unit: 4096, tuples, large: false }
     }
 
     fn member_bytes(&self) -> u64 {
+        if self.large { LARGE_MEMBER_BYTES } else { self.written_bytes() }
+    }
+
+    /// Bytes of a member that are ever written.
+    fn written_bytes(&self) -> u64 {
+        let beside = if self.large { BESIDE_DATA_OF_LARGE } else { BESIDE_DATA };
         let columns = match self.level {
             Level::Raid1 => 1,
             level => self.members - level.parities(),
         };
         // Tuples take less than a hundredth of it.
-        self.bytes / columns as u64 / 100 * 102 + BESIDE_DATA
+        self.bytes / columns as u64 / 100 * 102 + beside
     }
 
     /// Bytes on all members together.
     pub(crate) fn bytes_on_members(&self) -> u64 {
-        self.member_bytes() * self.members as u64
+        self.written_bytes() * self.members as u64
     }
 
     /// Makes an array of new files in `dir`; gives them, by role.

@@ -246,11 +246,13 @@ impl ArrayDevice {
         })
     }
 
-    /// Begins to fill `device`, which takes the place of a role's member. The
-    /// ticket says whether it was begun; [`Health::rebuild`] how far it is.
+    /// Begins to fill `device`, which takes the place of a role's member and
+    /// is known by the new `id` from then on. The ticket says whether it was
+    /// begun; [`Health::rebuild`] how far it is.
     pub fn begin_replace(
         &self,
         role: usize,
+        id: Id,
         device: Arc<dyn Device>,
         name: String,
     ) -> Ticket<Result<(), TendError>> {
@@ -259,7 +261,7 @@ impl ArrayDevice {
             if wants > gives {
                 return Err(TendError::Alignment { wants, gives });
             }
-            engine.begin_replace(role, Id::random(), device, name).await
+            engine.begin_replace(role, id, device, name).await
         })
     }
 
@@ -338,21 +340,21 @@ impl Device for ArrayDevice {
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
         let key = self.key;
-        let fail = self.failure_of(&request);
+        // On its own worker a read begins at once, and has tasks of its own,
+        // which are smaller than one for everything.
+        let request = match request {
+            Request { op: Op::Read { at, into }, memory, issuer } if self.worker.is_here() => {
+                return self.read_here(at, into, memory, issuer);
+            }
+            other => other,
+        };
+        let fail = self.failure_of(request.op.range());
         // Nothing would find out that the promise was broken, and the row's
         // other blocks would suffer.
         if !self.checksums && matches!(request.op, Op::Write { body: Body::Promised(_), .. }) {
             return Ticket::ready(Err(fail(Kind::Unsupported)));
         }
-        // On its own worker a read begins at once, and has tasks of its own,
-        // which are smaller than one for everything.
         match request {
-            Request { op: Op::Read { at, into }, memory, issuer } if self.worker.is_here() => {
-                match engine(key) {
-                    Some(engine) => read_here(engine, at, into, memory, issuer, fail),
-                    None => Ticket::ready(Err(fail(Kind::Stopped))),
-                }
-            }
             Request { op: Op::Read { at, into }, memory, issuer } => {
                 self.worker.spawn(move || async move {
                     let Some(engine) = engine(key) else { return Err(fail(Kind::Stopped)) };
@@ -375,40 +377,46 @@ impl Device for ArrayDevice {
 
 impl ArrayDevice {
     /// Makes the error of a request that fails.
-    fn failure_of(&self, request: &Request) -> impl FnOnce(Kind) -> Error + Send + use<> {
-        let (device, (op, at, len)) = (self.name.clone(), request.op.range());
+    fn failure_of(&self, range: (OpName, u64, u64)) -> impl FnOnce(Kind) -> Error + Send + use<> {
+        let (device, (op, at, len)) = (self.name.clone(), range);
         move |kind| Error { kind, op, device, at, len }
     }
-}
 
-/// A read on its array's worker: where the members answer at once, as files in
-/// memory do, and tuples are at hand, one block is there when this returns.
-fn read_here(
-    engine: Rc<Engine>,
-    at: u64,
-    into: Into,
-    memory: Option<Reservation>,
-    issuer: Option<Arc<Issuer>>,
-    fail: impl FnOnce(Kind) -> Error + 'static,
-) -> Ticket<Outcome> {
-    let Some(block) = engine.known_block(at, &into) else {
-        return match into.len() {
-            BLOCK => exec::spawn_begun(async move {
-                engine.read_one(at, into, memory, issuer).await.map_err(fail)
-            }),
-            _ => exec::spawn_begun(async move {
-                engine.read(at, into, memory, issuer).await.map_err(fail)
-            }),
+    /// A read on its array's worker: where the members answer at once, as
+    /// files in memory do, and tuples are at hand, one block is there when
+    /// this returns.
+    fn read_here(
+        &self,
+        at: u64,
+        into: Into,
+        memory: Option<Reservation>,
+        issuer: Option<Arc<Issuer>>,
+    ) -> Ticket<Outcome> {
+        let range = (OpName::Read, at, into.len() as u64);
+        let Some(engine) = engine(self.key) else {
+            return Ticket::ready(Err(self.failure_of(range)(Kind::Stopped)));
         };
-    };
-    let mut read = match engine.begin_block(block, into, memory) {
-        Ok(read) => read,
-        Err(kind) => return Ticket::ready(Err(fail(kind))),
-    };
-    if engine.block_now(&mut read) {
-        return Ticket::ready(Ok(read.into_reply()));
+        let Some(block) = engine.known_block(at, &into) else {
+            let fail = self.failure_of(range);
+            return match into.len() {
+                BLOCK => exec::spawn_begun(async move {
+                    engine.read_one(at, into, memory, issuer).await.map_err(fail)
+                }),
+                _ => exec::spawn_begun(async move {
+                    engine.read(at, into, memory, issuer).await.map_err(fail)
+                }),
+            };
+        };
+        let mut read = match engine.begin_block(block, into, memory) {
+            Ok(read) => read,
+            Err(kind) => return Ticket::ready(Err(self.failure_of(range)(kind))),
+        };
+        if engine.block_now(&mut read) {
+            return Ticket::ready(Ok(read.into_reply()));
+        }
+        let fail = self.failure_of(range);
+        exec::spawn_begun(async move { engine.finish_block(read, issuer).await.map_err(fail) })
     }
-    exec::spawn_begun(async move { engine.finish_block(read, issuer).await.map_err(fail) })
 }
 
 impl Drop for ArrayDevice {

@@ -218,6 +218,7 @@ impl Engine {
             Op::Read { at, into } => self.read(at, into, memory, issuer).await,
             Op::Write { at, body, sums, fua } => {
                 let memory = memory.ok_or(Kind::Unsupported)?;
+                let sums = sums.map(|sums| *sums).unwrap_or_default();
                 self.write(at, body, sums, memory).await?;
                 self.flush_if(fua).await
             }

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
 use stableio_block::{Body, Device, Error, Kind, Op, OpName, Outcome, Reply, Request, Ticket};
-use stableio_mem::{BLOCK, Pool, PoolBuf, SgList, Sums};
+use stableio_mem::{BLOCK, Pool, PoolBuf, SgList};
 
 use crate::engine::Engine;
 use crate::health::Health;
@@ -485,5 +485,5 @@ fn on(device: Arc<dyn Device>, request: Request) -> (Arc<dyn Device>, Ticket<Out
 }
 
 fn write(at: u64, list: SgList, fua: bool) -> Op {
-    Op::Write { at, body: Body::Segments(list), sums: Sums::default(), fua }
+    Op::Write { at, body: Body::Segments(list), sums: None, fua }
 }

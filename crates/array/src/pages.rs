@@ -102,12 +102,41 @@ pub(crate) struct PageSet {
     geometry: Geometry,
     /// By record, position in the group, column.
     tuples: RefCell<Vec<Tuple>>,
+    /// How many of them are not of written blocks.
+    not_written: Cell<usize>,
     slots: Rc<Slots>,
     guarded: bool,
     commits: Vec<Commit>,
     sequence: Cell<u64>,
     settled: Condition,
     used: Cell<bool>,
+}
+
+/// The tuple of a block that is written, or where it lies on a page of which
+/// every block is: more tuples are cached than the processor has at hand, and
+/// nobody need wait for one while the block is being read.
+pub(crate) enum Written {
+    Tuple(Tuple),
+    OfPage(Rc<PageSet>, usize),
+}
+
+impl Written {
+    fn of(tuple: Tuple) -> Option<Self> {
+        (tuple.state == State::Written).then_some(Written::Tuple(tuple))
+    }
+
+    /// As it is by now.
+    pub(crate) fn tuple(&self) -> Tuple {
+        match self {
+            Written::Tuple(tuple) => *tuple,
+            Written::OfPage(set, index) => set.tuples.borrow()[*index],
+        }
+    }
+
+    /// Keeps it as it is now, and not the page any longer.
+    pub(crate) fn take(&mut self) {
+        *self = Written::Tuple(self.tuple());
+    }
 }
 
 /// How far a member's copy of the page is written.
@@ -168,6 +197,22 @@ impl Pages {
             }
             Cached::Copy(_) => None,
         }
+    }
+
+    /// The tuple of one such block, if that is written.
+    pub(crate) fn written(&self, g: &Geometry, place: Place, member: usize) -> Option<Written> {
+        let (page, record) = g.page_of(place.stripe, place.row);
+        if let Cached::All(set) = self.cache.borrow().sets.get(&page)? {
+            set.used.set(true);
+            let index = index(g, record, g.position(place.stripe), place.column);
+            let tuples = set.tuples.borrow();
+            if set.not_written.get() == 0 {
+                stableio_onepass::prefetch(&tuples[index]);
+                return Some(Written::OfPage(set.clone(), index));
+            }
+            return Written::of(tuples[index]);
+        }
+        Written::of(self.known(g, place, 1, member)?[0])
     }
 
     fn is_loading(&self, page: u64) -> bool {
@@ -482,7 +527,9 @@ impl PageSet {
     pub(crate) fn set(&self, place: Place, tuple: Tuple) {
         let index = self.index(place);
         let tuple = if self.guarded { tuple } else { tuple.without_guard() };
-        self.tuples.borrow_mut()[index] = tuple;
+        let before = std::mem::replace(&mut self.tuples.borrow_mut()[index], tuple);
+        let counts = |tuple: Tuple| usize::from(tuple.state != State::Written);
+        self.not_written.set(self.not_written.get() + counts(tuple) - counts(before));
         self.geometry.tuple_holders(place.stripe, place.column).for_each(|m| self.want(m));
     }
 
@@ -659,10 +706,12 @@ impl Merge {
             }
         }
         let commits = (0..self.geometry.members).map(|_| Commit::default()).collect();
+        let not_written = tuples.iter().filter(|tuple| tuple.state != State::Written).count();
         let set = PageSet {
             page: self.page,
             geometry: self.geometry,
             tuples: RefCell::new(tuples),
+            not_written: Cell::new(not_written),
             slots: self.slots,
             guarded: self.guarded,
             commits,

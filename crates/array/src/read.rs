@@ -23,6 +23,7 @@ use crate::engine::Engine;
 use crate::geometry::Place;
 use crate::health::Health;
 use crate::member::Sent;
+use crate::pages::Written;
 use crate::tuple::State;
 use crate::twin::{Protection, lacks};
 
@@ -123,11 +124,10 @@ struct MemberRead {
 }
 
 /// A block of which all is at hand that a read needs to know.
-#[derive(Clone, Copy)]
 pub(crate) struct KnownBlock {
     place: Place,
     member: usize,
-    guard: u64,
+    tuple: Written,
 }
 
 /// A read of one block on its way.
@@ -250,12 +250,8 @@ impl Engine {
         }
         let place = self.geometry.place(at / BLOCK as u64);
         let member = self.leg(place);
-        let tuple = self.pages.known(&self.geometry, place, 1, member)?[0];
-        (tuple.state == State::Written && self.holds(member, place.stripe)).then_some(KnownBlock {
-            place,
-            member,
-            guard: tuple.guard,
-        })
+        let tuple = self.pages.written(&self.geometry, place, member)?;
+        self.holds(member, place.stripe).then_some(KnownBlock { place, member, tuple })
     }
 
     /// Begins to read such a block.
@@ -288,6 +284,7 @@ impl Engine {
         issuer: Option<Arc<Issuer>>,
     ) -> Result<Reply, Kind> {
         if let Some(sent) = read.sent.take() {
+            read.block.tuple.take();
             let place = self.traffic.enter(Stage::Members);
             let outcome = self.arrived(sent).await;
             read.fits = self.judge_block(&mut read, outcome);
@@ -302,7 +299,10 @@ impl Engine {
     /// Whether a block came and matches.
     fn judge_block(&self, read: &mut BlockRead, outcome: Outcome) -> Result<bool, Kind> {
         match outcome {
-            Ok(_) => Ok(read.target.mismatches(0, &[read.block.guard])?.is_empty()),
+            Ok(_) => {
+                let tuple = read.block.tuple.tuple();
+                Ok(read.target.mismatches(0, &[tuple.guard])?.is_empty())
+            }
             Err(error) if error.is_memory() => Err(error.kind),
             Err(error) => {
                 if error.kind == Kind::Stalled {

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use stableio_array::superblock::Id;
 use stableio_array::{Level, assemble, probe};
 use stableio_block::{Kind, Op, Reply};
 use support::{Bed, Open, Random, flip, open_redundancy, play, wait_until};
@@ -101,7 +102,10 @@ fn a_replaced_member_has_everything() {
                 &stableio_block::dev::OpenOptions::default(),
                 bed.worker.handle().clone(),
             );
-            device.begin_replace(0, Arc::new(file.unwrap()), "new".into()).wait().unwrap();
+            device
+                .begin_replace(0, Id::random(), Arc::new(file.unwrap()), "new".into())
+                .wait()
+                .unwrap();
             let busy = device.begin_scrub().wait();
             let health = open.array.health();
             assert!(busy.is_err() || health.rebuild.how_far().is_none());

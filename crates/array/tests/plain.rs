@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use stableio_array::superblock::Id;
 use stableio_array::{CreateError, CreateOptions, Level, create, prepare_replacement, probe};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::{Body, Kind, Request};
@@ -152,7 +153,7 @@ fn a_replaced_member_has_everything() {
             prepare_replacement(&new, &open.array.superblock().geometry, false).unwrap();
             let handle = bed.worker.handle().clone();
             let file = FileDevice::open(&new, &OpenOptions::default(), handle).unwrap();
-            device.begin_replace(0, Arc::new(file), "new".into()).wait().unwrap();
+            device.begin_replace(0, Id::random(), Arc::new(file), "new".into()).wait().unwrap();
             let health = open.array.health();
             while health.rebuild.how_far().is_some() {
                 play(&open, &mut oracle, &mut random, 3);

@@ -324,7 +324,7 @@ impl Stack {
             Op::Write { at, body, fua, .. } => {
                 let len = body.len() as u64;
                 match self.stabilize(at, body, &mut memory) {
-                    Ok((body, sums)) => Op::Write { at, body, sums, fua },
+                    Ok((body, sums)) => Op::Write { at, body, sums: sums.map(Box::new), fua },
                     Err(kind) => {
                         let (op, device) = (OpName::Write, self.name.clone());
                         return self.fail(Error { kind, op, device, at, len });
@@ -342,9 +342,9 @@ impl Stack {
         at: u64,
         body: Body,
         memory: &mut Option<Reservation>,
-    ) -> Result<(Body, Sums), Kind> {
+    ) -> Result<(Body, Option<Sums>), Kind> {
         if self.passes_untouched(&body) {
-            return Ok((body, Sums::default()));
+            return Ok((body, None));
         }
         let limits = self.limits();
         let (pass, align) = (limits.pass, limits.memory_align as usize);
@@ -357,22 +357,22 @@ impl Stack {
         match body {
             Body::Stable(buf) if self.fits(&buf, at) => {
                 let sums = doors::sums_of_stable(&buf, at, pass, memory);
-                Ok((Body::Stable(buf), sums))
+                Ok((Body::Stable(buf), Some(sums)))
             }
             Body::Stable(buf) => {
                 let buf = copy_aligned(&buf, at, memory);
                 let sums = doors::sums_of_stable(&buf, at, pass, memory);
-                Ok((Body::Stable(buf), sums))
+                Ok((Body::Stable(buf), Some(sums)))
             }
             // Sub-block ends are merged with old data: that needs a copy.
             Body::Promised(buf) if buf.is_aligned(align) && blocks => {
                 self.traffic.promised.fetch_add(1, Ordering::Relaxed);
                 let sums = buf.sums(at, pass, memory)?;
-                Ok((Body::Promised(buf), sums))
+                Ok((Body::Promised(buf), Some(sums)))
             }
             Body::Promised(buf) => self.copy(buf.into_foreign(), at, memory),
             Body::Foreign(buf) => self.copy(buf, at, memory),
-            Body::Segments(list) => Ok((Body::Segments(list), Sums::default())),
+            Body::Segments(list) => Ok((Body::Segments(list), None)),
         }
     }
 
@@ -381,10 +381,10 @@ impl Stack {
         buf: ForeignBuf,
         at: u64,
         memory: &mut Reservation,
-    ) -> Result<(Body, Sums), Kind> {
+    ) -> Result<(Body, Option<Sums>), Kind> {
         self.traffic.stabilized.fetch_add(1, Ordering::Relaxed);
         let (copy, sums) = doors::stabilize(buf, at, self.limits().pass, memory)?;
-        Ok((Body::Stable(copy), sums))
+        Ok((Body::Stable(copy), Some(sums)))
     }
 
     fn count(&self, op: &Op) {

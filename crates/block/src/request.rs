@@ -35,8 +35,9 @@ pub enum Op {
         at: u64,
         /// What.
         body: Body,
-        /// Guards and parity of `body`; the stack fills them in.
-        sums: Sums,
+        /// Guards and parity of `body`; the stack fills them in where the
+        /// device wants any. Boxed: reads have none, and are moved as often.
+        sums: Option<Box<Sums>>,
         /// Whether it must be durable when it settles.
         fua: bool,
     },
@@ -188,7 +189,7 @@ impl Request {
 
     /// A write.
     pub fn write(at: u64, body: Body, fua: bool) -> Self {
-        Self::of(Op::Write { at, body, sums: Sums::default(), fua })
+        Self::of(Op::Write { at, body, sums: None, fua })
     }
 
     /// A flush.

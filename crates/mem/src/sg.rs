@@ -65,7 +65,10 @@ impl SgList {
     /// Drops the first `bytes`: the kernel did them already.
     pub fn advance(&mut self, bytes: usize) {
         let left = self.len - bytes;
-        self.segments = crate::foreign::clip(&self.segments, bytes, left).collect();
+        match left {
+            0 => self.segments.clear(),
+            _ => self.segments = crate::foreign::clip(&self.segments, bytes, left).collect(),
+        }
         self.len = left;
     }
 

@@ -42,12 +42,14 @@ mod by_block;
 pub mod fault;
 pub mod gf;
 mod guard;
+mod hint;
 mod portable;
 mod tier;
 
 use std::fmt;
 
 pub use guard::{guard, guard_of_xor, guard_of_zeros};
+pub use hint::prefetch;
 #[doc(hidden)]
 pub use tier::Kernels;
 pub use tier::{Tier, available_tiers, tier};

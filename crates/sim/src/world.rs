@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 
 use stableio_array::array::ArrayOptions;
+use stableio_array::superblock::Id;
 use stableio_array::{Array, AssembleError, Assembly, Attached, Health, TendError, assemble};
 use stableio_block::exec::Executor;
 use stableio_block::{Device, Error, Into, Kind, Op, Outcome, Reply, Request, Stack, Ticket};
@@ -373,6 +374,12 @@ impl World {
         }
     }
 
+    /// Of the seed, so that a world with a rebuild can be replayed.
+    fn random_id(&mut self) -> Id {
+        let halves = [self.random.next(), self.random.next()].map(u64::to_le_bytes);
+        Id(halves.concat().try_into().expect("two halves"))
+    }
+
     /// Begins to fill a blank member that takes a role's place. False where
     /// something else is under way.
     ///
@@ -385,7 +392,8 @@ impl World {
         let (build, handle) = (self.shape.build(), self.executor.handle());
         let blank = Medium::new(Image::default());
         let member = Arc::new(SimMember::new(&name, blank, build, fork, handle));
-        let begun = self.array.device().begin_replace(role, member.clone(), name);
+        let id = self.random_id();
+        let begun = self.array.device().begin_replace(role, id, member.clone(), name);
         match self.finish_tending(begun) {
             Ok(()) => {
                 self.tell(|| format!("role {role} is being replaced"));

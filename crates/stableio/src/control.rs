@@ -29,6 +29,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use stableio_array::superblock::Id;
 use stableio_array::{TendError, prepare_replacement};
 use stableio_block::dev::{FileDevice, OpenOptions};
 use stableio_block::{Kind, Ticket};
@@ -324,7 +325,7 @@ impl ServedArray {
         prepare_replacement(new, geometry, force)?;
         let device = FileDevice::open(new, &OpenOptions::default(), self.worker.clone())?;
         let name = new.display().to_string();
-        settled(self.device.begin_replace(role, Arc::new(device), name))
+        settled(self.device.begin_replace(role, Id::random(), Arc::new(device), name))
     }
 }
 

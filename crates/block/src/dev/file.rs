@@ -201,18 +201,18 @@ impl Device for FileDevice {
     }
 
     fn submit(&self, request: Request) -> Ticket<Outcome> {
-        let inner = self.inner.clone();
-        if !self.worker.is_here() {
-            return self.worker.spawn(move || async move { inner.begin(request).await });
+        if self.worker.is_here() {
+            return self.inner.begin(request);
         }
-        inner.begin(request)
+        let inner = self.inner.clone();
+        self.worker.spawn(move || async move { inner.begin(request).await })
     }
 }
 
 impl Inner {
     /// Begins a request on the worker's thread. On files in memory most
     /// transfers are done before this returns.
-    fn begin(self: Arc<Self>, request: Request) -> Ticket<Outcome> {
+    fn begin(self: &Arc<Self>, request: Request) -> Ticket<Outcome> {
         let (op, at, len) = request.op.range();
         let mut handed = None;
         if self.in_memory && matches!(op, OpName::Read | OpName::Write) {
@@ -225,9 +225,10 @@ impl Inner {
         // The last of a batch sets it off; fewer go with the worker's next
         // look at the ring, which is near.
         let full = handed.is_some() && HANDED.get() >= most_handed_over(op, len as usize);
+        let inner = self.clone();
         let ticket = exec::spawn_begun(async move {
-            let done = self.run(request, handed).await;
-            done.map_err(|kind| self.error(kind, op, at, len))
+            let done = inner.run(request, handed).await;
+            done.map_err(|kind| inner.error(kind, op, at, len))
         });
         if full {
             ring::submit();

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use smallvec::{SmallVec, smallvec};
 use stableio_block::{Body, Into, Op};
-use stableio_mem::{ForeignBuf, Segment, Sums, doors};
+use stableio_mem::{ForeignBuf, Segment, doors};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -90,7 +90,6 @@ pub(super) struct Chain {
 
 /// What a chain asks for.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly all are the large one")]
 pub(super) enum Command {
     /// To do all of these; a discard or write-zeroes request has several.
     Ops(SmallVec<[Op; 1]>),
@@ -194,7 +193,7 @@ impl Parts {
             }
             VIRTIO_BLK_T_OUT => {
                 let at = header.at_data(&readable, &into)?;
-                let (body, sums) = (Body::Foreign(readable), Sums::default());
+                let (body, sums) = (Body::Foreign(readable), None);
                 Op::Write { at, body, sums, fua: terms.write_through }
             }
             VIRTIO_BLK_T_FLUSH => Op::Flush,
