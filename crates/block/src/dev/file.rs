@@ -6,7 +6,9 @@
 //! means stabilize*. Through the page cache every transfer is one copy.
 //!
 //! FILE-2: a file that is open is locked (an OFD lock; `O_EXCL` on block
-//! devices), so that no two processes write to one member.
+//! devices), so that no two processes write to one member. The lock goes when
+//! the device does: not only when the kernel has let go of its last request,
+//! or a child that was forked meanwhile of the file.
 
 use std::cell::Cell;
 use std::ffi::CString;
@@ -206,6 +208,15 @@ impl Device for FileDevice {
         }
         let inner = self.inner.clone();
         self.worker.spawn(move || async move { inner.begin(request).await })
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if !self.is_block {
+            // Goes with the file at the latest.
+            let _ = set_lock(&self.file, libc::F_UNLCK);
+        }
     }
 }
 
@@ -509,20 +520,21 @@ fn open(path: &Path, options: &OpenOptions, is_block: bool) -> io::Result<(File,
 /// `EBUSY` when somebody else holds one that excludes it.
 pub fn lock(file: &File, shared: bool) -> io::Result<()> {
     let kind = if shared { libc::F_RDLCK } else { libc::F_WRLCK };
+    set_lock(file, kind).map_err(|error| match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => io::Error::from_raw_os_error(libc::EBUSY),
+        _ => error,
+    })
+}
+
+/// Sets the lock on all of a file, or takes it away.
+fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
     // SAFETY: all-zero is a valid `flock`: the whole file, no pid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
     // SAFETY: `lock` is a valid `flock` for the call's length.
     let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if done == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
-        _ => Err(error),
-    }
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Bytes of a file or block device.
@@ -672,6 +684,21 @@ mod tests {
         {
             assert_eq!(atomic(&file, false, physical), expected, "{physical:?}");
         }
+    }
+
+    /// As the kernel has it for a moment longer, or a child until it is
+    /// another program.
+    #[test]
+    fn a_file_is_free_when_its_device_is_gone_whoever_else_has_it() {
+        let path = tempfile::NamedTempFile::new_in(".").unwrap().into_temp_path();
+        let worker = Worker::start("t").unwrap();
+        let open = || FileDevice::open(&path, &OpenOptions::default(), worker.handle().clone());
+        let device = open().unwrap();
+        let same = device.inner.file.try_clone().unwrap();
+        assert!(open().is_err());
+        drop(device);
+        open().unwrap();
+        drop(same);
     }
 
     fn fill(seed: u8, len: usize) -> Vec<u8> {
