@@ -8,6 +8,9 @@
 //!
 //! ENG-3: what a flush made durable is what had settled when it began, and
 //! only that moves the log's durable mark and its tail (LOG-2).
+//!
+//! ENG-4: when an array is closed nothing of it is under way, and nothing of
+//! it reaches the members any more: somebody else may have them.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -190,6 +193,8 @@ impl Engine {
     pub(crate) async fn close(&self) -> Result<(), Kind> {
         self.stop_tending().await;
         self.checkpoint().await?;
+        // One that began before may not be at its end (ENG-4).
+        self.checkpoint_over().await;
         let next = self.log.next();
         self.save(|superblock| {
             superblock.in_use = false;

@@ -362,10 +362,14 @@ impl Engine {
             log.changed.wait_for(moved).await;
             if log.tail.get() == tail {
                 self.begin_checkpoint();
-                let done = || (!self.is_checkpointing()).then_some(());
-                log.changed.wait_for(done).await;
+                self.checkpoint_over().await;
             }
         }
+    }
+
+    /// Waits until no checkpoint is under way that is a task of its own.
+    pub(crate) async fn checkpoint_over(&self) {
+        self.log.changed.wait_for(|| (!self.is_checkpointing()).then_some(())).await;
     }
 
     /// Makes the tail durable: nothing before it is looked at any more.

@@ -1,6 +1,5 @@
 //! One array with its members and its program, step by step.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
@@ -10,26 +9,27 @@ use std::task::{Context, Poll, Waker};
 
 use stableio_array::array::ArrayOptions;
 use stableio_array::superblock::Id;
-use stableio_array::{Array, AssembleError, Assembly, Attached, Health, TendError, assemble};
+use stableio_array::{Array, Attached, Health, TendError};
 use stableio_block::exec::Executor;
-use stableio_block::{Device, Error, Into, Kind, Op, Outcome, Reply, Request, Stack, Ticket};
-use stableio_mem::{BLOCK, Grant, Pool};
+use stableio_block::{Device, Error, Into, Op, Outcome, Reply, Request, Stack, Ticket};
+use stableio_mem::{Grant, Pool};
 
-use crate::check::{Checker, Finding, probe};
 use crate::coverage::{Coverage, Event};
-use crate::extract::Extracted;
-use crate::image::{Image, block_of};
+use crate::image::Image;
 use crate::medium::Medium;
-use crate::member::{SimMember, Wreck};
-use crate::model::{Crash, Model, Pending, Version};
+use crate::member::SimMember;
+use crate::model::{Model, Pending};
 use crate::program::{Program, Source};
 use crate::protection::Protection;
 use crate::random::Random;
-use crate::shape::{Region, Shape, region};
+use crate::shape::Shape;
 use crate::write::{Content, Write};
 
-/// Blocks that are looked at by one read.
-const LOOK: u64 = 16;
+mod end;
+mod look;
+
+use end::name;
+pub use end::{Remains, Stop};
 
 /// An open array and everything around it.
 pub struct World {
@@ -75,31 +75,6 @@ struct Stall {
     dies: bool,
 }
 
-/// What is left when a world ends.
-#[derive(Clone)]
-pub struct Remains {
-    /// By role, what members hold; `None` is missing.
-    pub media: Vec<Option<Medium>>,
-    /// By role, another medium: one that was being filled to take the place,
-    /// or one whose place was taken.
-    pub others: Vec<Option<Medium>>,
-    /// What the array should read as.
-    pub model: Model,
-    /// Every later choice.
-    pub random: Random,
-    /// What happened so far.
-    pub coverage: Coverage,
-}
-
-/// How a world ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    /// The process dies (SIM-4).
-    Death,
-    /// Power is lost (SIM-5).
-    Power,
-}
-
 /// A write under way.
 pub struct Flight {
     /// What is written.
@@ -121,64 +96,6 @@ pub fn alone<T: Send>(world: impl FnOnce() -> T + Send) -> T {
         Ok(value) => value,
         Err(panic) => std::panic::resume_unwind(panic),
     })
-}
-
-impl Remains {
-    /// Members of a new array.
-    pub fn new(shape: &Shape, seed: u64) -> Self {
-        let mut random = Random::new(seed);
-        let images = shape.create(&mut random);
-        Self {
-            media: images.into_iter().map(|image| Some(Medium::new(image))).collect(),
-            others: vec![None; shape.members],
-            model: Model::default(),
-            random,
-            coverage: Coverage::default(),
-        }
-    }
-
-    /// What a read of the members sees.
-    pub fn images(&self) -> Vec<Option<Image>> {
-        self.media.iter().map(|m| m.as_ref().map(|m| m.live().clone())).collect()
-    }
-
-    /// All media that are there, with their names.
-    pub fn named(&self) -> impl Iterator<Item = (String, usize, &Medium)> {
-        let slots = [&self.media, &self.others].into_iter().enumerate();
-        slots.flat_map(|(slot, media)| {
-            let media = media.iter().enumerate();
-            media.filter_map(move |(role, m)| Some((name(slot, role), role, m.as_ref()?)))
-        })
-    }
-
-    /// What the array makes of the members, by role; `trust` is the role to
-    /// believe.
-    ///
-    /// # Errors
-    ///
-    /// Why they do not assemble.
-    pub fn assemble(&self, shape: &Shape, trust: Option<usize>) -> Result<Assembly, AssembleError> {
-        let probes = self.named().filter_map(|(name, _, medium)| {
-            probe(medium.live(), Path::new(&name), shape.member_size)
-        });
-        let trust = trust.map(|role| name(0, role));
-        assemble(&probes.collect::<Vec<_>>(), trust.as_deref().map(Path::new))
-    }
-
-    /// Of a role's two media the one that the array believes is its member's
-    /// from now on.
-    pub fn sort(&mut self, assembly: &Assembly) {
-        for (role, member) in assembly.members.iter().enumerate() {
-            if member.as_deref() == Some(Path::new(&name(1, role))) {
-                std::mem::swap(&mut self.media[role], &mut self.others[role]);
-            }
-        }
-    }
-}
-
-/// The name of a medium; slot 1 is that of the others.
-fn name(slot: usize, role: usize) -> String {
-    format!("{}{role}", ["m", "r"][slot])
 }
 
 impl World {
@@ -630,259 +547,11 @@ impl World {
         outcome.map(drop)
     }
 
-    /// What the members hold now, for the checker; without those that broke
-    /// down or were dropped.
-    ///
-    /// # Panics
-    ///
-    /// When tuples can not be written to their pages.
-    pub fn checker(&mut self) -> Checker {
-        let written = self.array.device().checkpoint();
-        match self.finish_tending(written) {
-            // A closed array has written them.
-            Ok(()) | Err(TendError::Array(Kind::Stopped)) => {}
-            Err(error) => panic!("tuples were not written: {error}"),
-        }
-        self.note_replaced();
-        let image = |(role, member): (usize, &Option<Arc<SimMember>>)| {
-            member.as_ref().filter(|_| self.in_sync(role)).map(|m| m.live())
-        };
-        let images = self.members.iter().enumerate().map(image).collect();
-        Checker::new(self.array.superblock(), images)
-    }
-
-    /// After a write settled with nothing else under way in its rows: its
-    /// rows fit, its content is what may be; the model learns that.
-    pub fn absorb(&mut self, write: &Write) -> Vec<Finding> {
-        let checker = self.checker();
-        let mut findings = checker.rows_of(write.blocks());
-        for block in write.blocks() {
-            let Some(found) = checker.content(block) else { continue };
-            if let Err(why) = write.explains(block, &found, &self.model.block(block)[..]) {
-                findings.push(Finding::Content { block, why });
-            }
-            self.model.settle(block, Some(Arc::new(found)), write.fua);
-        }
-        if let Err(why) = write.explains_whole(&self.model) {
-            findings.push(Finding::Content { block: write.blocks().start, why });
-        }
-        findings
-    }
-
-    /// After a write settled: its content, as it reads, is what may be; the
-    /// model learns that. One that failed may have been done in part.
-    pub fn learn(&mut self, write: &Write, failed: bool) -> Vec<Finding> {
-        if write.is_known() && !failed {
-            self.model.apply(write);
-            return Vec::new();
-        }
-        let mut findings = Vec::new();
-        for (block, found) in self.look_at(&write.blocks().collect()) {
-            let old = self.model.version(block);
-            let found = match found {
-                Ok(found) => found,
-                Err(error) => {
-                    findings.push(Finding::Content { block, why: error.to_string() });
-                    continue;
-                }
-            };
-            let fits = match failed && found == old {
-                true => Ok(()),
-                false => write.explains_version(block, &found, &old),
-            };
-            findings.extend(fits.err().map(|why| Finding::Content { block, why }));
-            if found != old {
-                self.model.settle(block, found, write.fua && !failed);
-            } else if write.fua && !failed {
-                self.model.settle(block, old, true);
-            }
-        }
-        if let Err(why) = write.explains_whole(&self.model)
-            && !failed
-        {
-            findings.push(Finding::Content { block: write.blocks().start, why });
-        }
-        findings
-    }
-
-    /// Reads blocks; a lost one is `None`.
-    fn look_at(&mut self, blocks: &BTreeSet<u64>) -> BTreeMap<u64, Result<Version, Error>> {
-        let mut found = BTreeMap::new();
-        let mut left = blocks.iter().copied().peekable();
-        while let Some(first) = left.next() {
-            let mut end = first + 1;
-            while end < first + LOOK && left.next_if_eq(&end).is_some() {
-                end += 1;
-            }
-            if let Ok(bytes) = self.read(first * BLOCK as u64, (end - first) as usize * BLOCK) {
-                let versions = bytes.chunks_exact(BLOCK).map(|bytes| Ok(Some(block_of(bytes))));
-                found.extend((first..end).zip(versions));
-                continue;
-            }
-            for block in first..end {
-                let version = match self.read(block * BLOCK as u64, BLOCK) {
-                    Ok(bytes) => Ok(Some(block_of(&bytes))),
-                    Err(error) if error.kind == Kind::Lost => Ok(None),
-                    Err(error) => Err(error),
-                };
-                found.insert(block, version);
-            }
-        }
-        found
-    }
-
-    /// Everything reads as the model says; any read error is allowed of the
-    /// blocks in `lost`.
-    pub fn read_all(&mut self, lost: &BTreeSet<u64>) -> Vec<Finding> {
-        let mut findings = Vec::new();
-        for (block, found) in self.look_at(&(0..self.size() / BLOCK as u64).collect()) {
-            let why = match found {
-                Ok(found) if found == self.model.version(block) => continue,
-                Ok(None) | Err(_) if lost.contains(&block) => continue,
-                Ok(None) => Error { kind: Kind::Lost, ..self.error_at(block) }.to_string(),
-                Ok(Some(_)) if self.model.is_lost(block) => "is lost no more".to_owned(),
-                Ok(Some(_)) => "reads as something else".to_owned(),
-                Err(error) => error.to_string(),
-            };
-            findings.push(Finding::Content { block, why });
-        }
-        findings
-    }
-
-    /// Everything reads as what was taken out of the members before.
-    pub fn compare(&mut self, extracted: &Extracted) -> Vec<Finding> {
-        let blocks = self.size() / BLOCK as u64;
-        if extracted.len() as u64 != self.size() {
-            let (len, size) = (extracted.len(), self.size());
-            return vec![Finding::Other(format!("extract: {len} bytes of an array of {size}"))];
-        }
-        let found = self.look_at(&(0..blocks).collect());
-        let differ = found.into_iter().filter_map(|(block, found)| {
-            let taken = extracted.version(block);
-            let why = match found {
-                Err(error) => error.to_string(),
-                Ok(found) if found == taken => return None,
-                Ok(found) => {
-                    let what = |version: &Version| if version.is_some() { "there" } else { "lost" };
-                    format!("extract: it is {}, on the array {}", what(&taken), what(&found))
-                }
-            };
-            Some(Finding::Content { block, why })
-        });
-        differ.collect()
-    }
-
-    fn error_at(&self, block: u64) -> Error {
-        let (op, device) = (stableio_block::OpName::Read, "sim".into());
-        Error { kind: Kind::Lost, op, device, at: block * BLOCK as u64, len: BLOCK as u64 }
-    }
-
-    /// Nothing is under way and nothing of it is left.
-    pub fn leftovers(&mut self) -> Vec<Finding> {
-        self.quiet();
-        let used = self.pool.used();
-        // No member of such a world is wrong without saying so.
-        let differed = self.health().blocks_differed.load(Ordering::Relaxed);
-        [
-            (used > 0).then(|| format!("POOL-1: {used} bytes are held by nobody")),
-            (differed > 0).then(|| format!("COMPARE-1: {differed} blocks differed in a scrub")),
-        ]
-        .into_iter()
-        .flatten()
-        .map(Finding::Other)
-        .collect()
-    }
-
     /// Prints what happens, if anybody wants to know.
     pub(crate) fn tell(&self, what: impl FnOnce() -> String) {
         if self.shape.trace {
             eprintln!("{:6} {}", self.steps, what());
         }
-    }
-
-    /// The world ends; gives what is left of it.
-    pub fn stop(mut self, stop: Stop) -> Remains {
-        self.note_replaced();
-        self.tell(|| format!("{stop:?}"));
-        self.note_stop(stop);
-        let g = self.array.superblock().geometry;
-        let atomic = self.shape.atomic as usize;
-        let (mut media, mut others) = (Vec::new(), Vec::new());
-        for (role, left) in std::mem::take(&mut self.left_out).into_iter().enumerate() {
-            let other = self.incoming[role].take().or(self.replaced[role].take());
-            let slots = [self.members[role].take(), other].into_iter().zip(left);
-            let mut left = slots.map(|(member, left)| match (member, left) {
-                (None, Some(mut medium)) if stop == Stop::Power => {
-                    medium.lose_power(BTreeMap::new(), atomic, &mut self.random);
-                    Some(medium)
-                }
-                (None, left) => left,
-                (Some(member), _) => {
-                    let wreck = match stop {
-                        Stop::Death => member.crash(),
-                        Stop::Power => member.lose_power(),
-                    };
-                    self.coverage.note_wreck(&wreck, |at| region(&g, at));
-                    Some(wreck.medium)
-                }
-            });
-            media.push(left.next().flatten());
-            others.push(left.next().flatten());
-        }
-        let Self { model, random, coverage, executor, .. } = self;
-        drop(executor);
-        Remains { media, others, model, random, coverage }
-    }
-
-    fn note_stop(&mut self, stop: Stop) {
-        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let health = self.array.health();
-        let coverage = &mut self.coverage;
-        let rebuilding = self.incoming.iter().flatten().any(|member| !member.is_broken());
-        coverage.add(Event::CrashesInRebuild, u64::from(rebuilding));
-        let scrubbing = self.scrubbing && health.scrub.how_far().is_some();
-        coverage.add(Event::CrashesInScrubs, u64::from(scrubbing));
-        coverage.add(Event::PrivateRereads, read(&health.benign_mismatches));
-        coverage.add(Event::BlocksMended, read(&health.blocks_mended));
-        coverage.add(Event::StripesJoined, read(&health.stripes_joined));
-        coverage.add(Event::RowsRecovered, read(&health.rows_recovered));
-        coverage.add(Event::LostBlocks, read(&health.blocks_lost));
-        coverage.note(match stop {
-            Stop::Death => Event::ProcessDeaths,
-            Stop::Power => Event::PowerFailures,
-        });
-    }
-
-    /// The process dies and the array is opened again.
-    ///
-    /// # Errors
-    ///
-    /// When it does not open.
-    pub fn crash_and_open(self) -> Result<Self, String> {
-        let shape = self.shape.clone();
-        Self::open(&shape, self.stop(Stop::Death), None)
-    }
-
-    /// After a crash, and once the array is open again: what may have more
-    /// than one version is looked at; the model learns which it is. Gives the
-    /// blocks that are lost, too.
-    pub fn absorb_crash(&mut self, crash: &Crash) -> (Vec<Finding>, Vec<u64>) {
-        let (mut findings, mut lost) = (Vec::new(), Vec::new());
-        for (block, found) in self.look_at(&self.model.at_risk(crash)) {
-            let found = match found {
-                Ok(found) => found,
-                Err(error) => {
-                    findings.push(Finding::Content { block, why: error.to_string() });
-                    continue;
-                }
-            };
-            if let Err(why) = self.model.explains(crash, block, &found) {
-                findings.push(Finding::Content { block, why });
-            }
-            lost.extend(found.is_none().then_some(block));
-            self.model.learn(crash, block, found);
-        }
-        (findings, lost)
     }
 }
 
@@ -907,27 +576,6 @@ impl Flight {
     pub fn into_pending(self) -> Pending {
         let settled = matches!(self.outcome, Some(Ok(_)));
         Pending { write: self.detach(), settled }
-    }
-}
-
-impl Coverage {
-    fn note_wreck(&mut self, wreck: &Wreck, region: impl Fn(u64) -> Region) {
-        for range in &wreck.under_way {
-            self.note(match region(range.start) {
-                Region::Superblock => Event::CrashesInSuperblockWrites,
-                Region::Log => Event::CrashesInLogWrites,
-                Region::Guards => Event::CrashesInGuardWrites,
-                Region::Data => Event::CrashesInDataWrites,
-            });
-        }
-        for number in &wreck.torn {
-            match region(number * BLOCK as u64) {
-                Region::Superblock => {}
-                Region::Log => self.note(Event::TornLogBlocks),
-                Region::Guards => self.note(Event::TornGuardBlocks),
-                Region::Data => self.note(Event::TornDataBlocks),
-            }
-        }
     }
 }
 
