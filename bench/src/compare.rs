@@ -72,12 +72,24 @@ pub(crate) fn compare<S>(
     peer_name: &str,
     sample: impl Fn(&mut S) -> io::Result<f64>,
 ) -> Row {
+    compare_in(ROUNDS, case, ours, peer, peer_name, sample)
+}
+
+/// The same with so many samples of each side: where they are short, more of them.
+pub(crate) fn compare_in<S>(
+    rounds: usize,
+    case: Case,
+    ours: &mut Side<S>,
+    peer: &mut Side<S>,
+    peer_name: &str,
+    sample: impl Fn(&mut S) -> io::Result<f64>,
+) -> Row {
     let (mut our_samples, mut peer_samples) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         take(ours, &sample, &mut our_samples);
         take(peer, &sample, &mut peer_samples);
     }
-    let (our_median, peer_median) = (median(our_samples), median(peer_samples));
+    let (our_median, peer_median) = (median(our_samples, rounds), median(peer_samples, rounds));
     let row = Row {
         family: case.family,
         name: case.name,
@@ -111,9 +123,9 @@ fn take<S>(side: &mut Side<S>, sample: impl Fn(&mut S) -> io::Result<f64>, sampl
 }
 
 /// The median of a full set of samples.
-fn median(mut samples: Vec<f64>) -> Option<f64> {
+fn median(mut samples: Vec<f64>, rounds: usize) -> Option<f64> {
     samples.sort_by(f64::total_cmp);
-    (samples.len() == ROUNDS).then(|| samples[ROUNDS / 2])
+    (samples.len() == rounds).then(|| samples[rounds / 2])
 }
 
 #[cfg(test)]

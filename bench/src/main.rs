@@ -16,6 +16,7 @@ mod host;
 mod load;
 mod log;
 mod nbd;
+mod onepass;
 mod protect;
 mod report;
 mod servers;
@@ -73,6 +74,12 @@ const FAMILIES: &[Family] = &[
         run: Run::Bars(array::run),
     },
     Family { name: log::NAME, about: log::ABOUT, needs_command: false, run: Run::Lines(log::run) },
+    Family {
+        name: onepass::NAME,
+        about: onepass::ABOUT,
+        needs_command: false,
+        run: Run::Bars(onepass::run),
+    },
     Family { name: growth::NAME, about: growth::ABOUT, needs_command: false, run: Run::Growth },
 ];
 
@@ -122,10 +129,10 @@ struct Args {
     /// Measure the peers alone, to check a machine or the clients.
     #[arg(long)]
     peers_only: bool,
-    /// Measure our side alone, of `array` and `log`: for a profiler.
+    /// Measure our side alone, of `array`, `log` and `onepass`: for a profiler.
     #[arg(long, conflicts_with = "peers_only")]
     ours_only: bool,
-    /// Measure this row alone, of `array` and `log`; more than once for several.
+    /// Measure this row alone, of `array`, `log` and `onepass`; more than once for several.
     #[arg(long, value_name = "ROW")]
     only: Vec<String>,
     /// What a process that `growth` starts does.

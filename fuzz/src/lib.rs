@@ -13,6 +13,10 @@ use stableio_array::superblock::{Id, Next, RoleEntry, RoleState, Superblock};
 use stableio_array::tuple::{Owner, Sector, Tuple, encode_page, parse_page};
 use stableio_array::{Probe, assemble};
 use stableio_mem::BLOCK;
+use stableio_onepass::{
+    Format, Guard, Interval, Kernels, Parities, Parity, Pass, Segment, available_tiers, gf,
+    verify_foreign_with,
+};
 
 /// A superblock, and the same bytes under a checksum that is right: the
 /// second gets behind the checksum.
@@ -186,11 +190,84 @@ pub fn vhost_chain(data: &[u8]) {
     stableio_front::vhost_user_blk::fuzz_chain(data);
 }
 
+/// How foreign memory is cut in segments: what a pass makes of them is what their bytes make, and
+/// verification finds the one interval that is not right. The first bytes say how, each two of the
+/// rest cut a segment.
+pub fn segments(data: &[u8]) {
+    let Some((&[format, modes, coefficient, offset, bad, tier], cuts)) = data.split_first_chunk()
+    else {
+        return;
+    };
+    let format = Format {
+        guard: Guard::ALL[usize::from(format) % 3],
+        interval: Interval::ALL[usize::from(format / 3) % 2],
+    };
+    let tiers = available_tiers();
+    let kernels = Kernels::of(tiers[usize::from(tier) % tiers.len()]).expect("available");
+
+    // Segments of up to 8 KiB at any distance from each other, in one memory.
+    let (cuts, _) = cuts.as_chunks::<2>();
+    let cuts = &cuts[..cuts.len().min(16)];
+    let lens = cuts.iter().map(|cut| usize::from(u16::from_le_bytes(*cut)) % 8192);
+    let gap = |i: usize| usize::from(offset.wrapping_mul(i as u8 + 1)) % 64;
+    let memory: Vec<u8> = (0..16 * 8300).map(|i: usize| (i * 31 + (i >> 8)) as u8).collect();
+    let (mut at, mut segments, mut whole) = (0, Vec::new(), Vec::new());
+    for (i, len) in lens.enumerate() {
+        at += gap(i);
+        segments.push(Segment { addr: memory[at..].as_ptr(), len });
+        whole.extend_from_slice(&memory[at..at + len]);
+        at += len;
+    }
+    let len = whole.len();
+    let expected: Vec<u64> =
+        whole.chunks(format.interval.bytes()).map(|bytes| format.guard.of(bytes)).collect();
+
+    let old: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
+    let (mut copy, mut p, mut q) = (vec![0; len], vec![0x55; len], vec![0xaa; len]);
+    let is_delta = modes & 1 != 0;
+    let mode = |bits: u8, to: &mut [u8]| match bits % 3 {
+        0 => Parity::None,
+        1 => Parity::Set(to.as_mut_ptr()),
+        _ => Parity::Xor(to.as_mut_ptr()),
+    };
+    let (p_mode, q_mode) = (modes >> 2 & 3, modes >> 4 & 3);
+    let pass = Pass {
+        format,
+        copy: (modes & 2 != 0).then_some(copy.as_mut_ptr()),
+        streams: modes & 64 != 0,
+        old: is_delta.then_some(old.as_ptr()),
+        parities: Parities { p: mode(p_mode, &mut p), q: mode(q_mode, &mut q), coefficient },
+    };
+    let mut guards = vec![0; expected.len()];
+    // SAFETY: the segments lie in `memory`; all else is as long as they are, and nobody else's.
+    unsafe { pass.foreign_with(kernels, &segments, &mut guards) }.expect("memory is there");
+    assert_eq!(guards, expected);
+    assert!(pass.copy.is_none() || copy == whole);
+    for i in 0..len {
+        let change = whole[i] ^ if is_delta { old[i] } else { 0 };
+        let taken_up = |mode: u8, before: u8, change: u8| {
+            [before, change, before ^ change][usize::from(mode % 3)]
+        };
+        assert_eq!(p[i], taken_up(p_mode, 0x55, change));
+        assert_eq!(q[i], taken_up(q_mode, 0xaa, gf::mul(coefficient, change)));
+    }
+
+    let bad = (!guards.is_empty()).then(|| usize::from(bad) % guards.len());
+    if let Some(bad) = bad {
+        guards[bad] ^= 1;
+    }
+    let mut found = Vec::new();
+    // SAFETY: the segments lie in `memory`.
+    unsafe { verify_foreign_with(kernels, format, &segments, &guards, |at| found.push(at)) }
+        .expect("memory is there");
+    assert_eq!(found, Vec::from_iter(bad));
+}
+
 /// What is fed.
 pub type Target = fn(&[u8]);
 
 /// All targets by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("superblock", superblock),
     ("assembly", assembly),
     ("log_block", log_block),
@@ -198,4 +275,5 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("nbd_negotiation", nbd_negotiation),
     ("nbd_request", nbd_request),
     ("vhost_chain", vhost_chain),
+    ("segments", segments),
 ];

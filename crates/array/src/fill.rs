@@ -1,9 +1,10 @@
 //! Filling a member that takes a role's place, zone by zone (TEND-1, TEND-2).
 
+use smallvec::SmallVec;
 use stableio_block::Kind;
 use stableio_block::exec::yield_now;
 use stableio_mem::{BLOCK, PoolBuf};
-use stableio_onepass::{add_block, gf};
+use stableio_onepass::{Format, Member, Missing, Survivor, gf, reconstruct};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -105,8 +106,8 @@ impl Engine {
         let mut ahead = Ahead::new(windows, self.sources(role));
         // The window before is written while one is made.
         let mut writing = None;
-        while let Some(mut window) = self.next_window(&mut ahead, &mut work).await {
-            let (out, len) = self.fill_window(role, &mut window, &mut work).await?;
+        while let Some(window) = self.next_window(&mut ahead, &mut work).await {
+            let (out, len) = self.fill_window(role, &window, &mut work).await?;
             let (stripe, row) = g.row_at(window.rows.start);
             work.done_with(window);
             let begun = self.begin_filled(role, g.member_offset(stripe, row), out, len);
@@ -178,7 +179,7 @@ impl Engine {
     async fn fill_window(
         &self,
         role: usize,
-        window: &mut Window,
+        window: &Window,
         work: &mut Work,
     ) -> Result<(PoolBuf, usize), Kind> {
         let g = &self.geometry;
@@ -205,7 +206,7 @@ impl Engine {
         set: &PageSet,
         role: usize,
         (stripe, row): (u64, u32),
-        window: &mut Window,
+        window: &Window,
         at: usize,
         out: &mut PoolBuf,
     ) -> bool {
@@ -223,32 +224,82 @@ impl Engine {
             return false;
         }
         let number = g.row_number(stripe, row);
-        let is_copy = window.came[role] || g.level.parities() == 0;
-        let from = window.came.iter().position(|came| *came);
-        let mut add = |member: usize, tuple: Tuple, coefficient: u8| {
-            let block = window.block(member, number);
-            block.is_some_and(|b| tuple.matches(add_block(block_mut(out, at), b, coefficient)))
-        };
-        let fits = if is_copy {
-            from.is_some_and(|member| add(member, want, 1))
-        } else if parity.state == State::Lost {
-            false
+        let fits = if window.came[role] || g.level.parities() == 0 {
+            let from = window.came.iter().position(|came| *came);
+            let block = from.and_then(|member| window.block(member, number));
+            block.is_some_and(|block| {
+                out.copy_from(at, block);
+                want.fits(|| guard_of(out, at))
+            })
         } else {
-            let others = (0..g.columns()).filter(|c| own != Role::Data(*c));
-            let mut others = others.filter(|c| tuple(*c).state == State::Written);
-            let data = others.all(|column| {
-                let coefficient = if own == Role::Q { gf::exp(column) } else { 1 };
-                add(g.data_member(stripe, column), tuple(column), coefficient)
-            });
-            let p = g.parity_member(stripe).filter(|_| matches!(own, Role::Data(_)));
-            data && p.is_none_or(|p| add(p, parity, 1))
+            self.make_from_others(set, own, (stripe, row), window, block_mut(out, at))
         };
-        if fits && want.fits(|| guard_of(out, at)) {
+        if fits {
             return true;
         }
         // Nothing is known of this block yet.
         out.zero(at..at + BLOCK);
         false
+    }
+
+    /// A role's block of a row, made of the others that came, if these are
+    /// enough; all of them fit then, and so does what comes out.
+    fn make_from_others(
+        &self,
+        set: &PageSet,
+        own: Role,
+        (stripe, row): (u64, u32),
+        window: &Window,
+        out: &mut [u8],
+    ) -> bool {
+        let g = &self.geometry;
+        let number = g.row_number(stripe, row);
+        let tuple = |column| set.tuple(Place { stripe, row, column });
+        let parity = set.parity_tuple(stripe, row).filter(|p| p.state == State::Written);
+        let Some(parity) = parity else { return false };
+        let own = match own {
+            Role::Data(column) => Member::Data(column),
+            Role::P => Member::P,
+            Role::Q => Member::Q,
+        };
+        let data = (0..g.columns()).map(|c| (Member::Data(c), g.data_member(stripe, c), tuple(c)));
+        let p = g.parity_member(stripe).map(|p| (Member::P, p, parity));
+        let q = g.q_member(stripe).map(|q| (Member::Q, q, tuple(g.columns())));
+        // What was never written counts as zeros, and what is lost.
+        let is_known = |(_, _, tuple): &(_, _, Tuple)| tuple.state == State::Written;
+        let row: SmallVec<[_; 16]> = data.chain(p).chain(q).filter(is_known).collect();
+        let mut survivors: SmallVec<[Survivor<'_>; 16]> = SmallVec::new();
+        let mut gone: SmallVec<[_; 2]> = SmallVec::new();
+        // Each data block that is gone takes a parity.
+        let mut wanted = 0;
+        for (member, holder, tuple) in &row {
+            let (member, is_data) = (*member, matches!(member, Member::Data(_)));
+            let expected = tuple.guarded.then(|| std::slice::from_ref(&tuple.guard));
+            match window.block(*holder, number).filter(|_| member != own) {
+                Some(bytes) if is_data => survivors.push(Survivor { member, bytes, expected }),
+                Some(bytes) if wanted > 0 => {
+                    survivors.push(Survivor { member, bytes, expected });
+                    wanted -= 1;
+                }
+                None if is_data || member == own => {
+                    gone.push((member, expected));
+                    wanted += usize::from(is_data);
+                }
+                _ => {}
+            }
+        }
+        if wanted > 0 {
+            return false;
+        }
+        let mut aside = [0; BLOCK];
+        let (mut out, mut aside) = (Some(out), Some(&mut aside[..]));
+        let mut missing: SmallVec<[Missing<'_>; 2]> = SmallVec::new();
+        for (member, expected) in gone {
+            let place = if member == own { out.take() } else { aside.take() };
+            let bytes = place.expect("with two parities one other is made");
+            missing.push(Missing { member, bytes, expected });
+        }
+        reconstruct(Format::NATIVE, &survivors, &mut missing).is_ok()
     }
 
     /// A role's block of a row by whatever way there is.

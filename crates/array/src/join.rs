@@ -204,23 +204,18 @@ impl Engine {
 
     /// The last part of a write; it may wait for the write behind it.
     async fn write_tail_end(&self, tail: Part, waits: impl Fn() -> bool) -> Result<(), Kind> {
-        enum Turn {
-            Alone(Part),
-            Joined(Result<(), Kind>),
-        }
         let end = self.joiner.wait(tail);
+        // Its outcome if it was joined; none if it is to be written alone.
         let turn = || match end.outcome.take() {
-            Some(outcome) => Some(Turn::Joined(outcome)),
-            None if waits() => None,
-            None => end.part.take().map(Turn::Alone),
+            Some(outcome) => Some(Some(outcome)),
+            None => (!waits() && end.part.borrow().is_some()).then_some(None),
         };
-        match self.joiner.changed.wait_for(turn).await {
-            Turn::Joined(outcome) => outcome,
-            Turn::Alone(tail) => {
-                self.joiner.leave(&end);
-                self.change(tail).await
-            }
+        if let Some(outcome) = self.joiner.changed.wait_for(turn).await {
+            return outcome;
         }
+        let tail = end.part.take().expect("nobody joined it");
+        self.joiner.leave(&end);
+        self.change(tail).await
     }
 
     /// Two ends as the stripe that they are.

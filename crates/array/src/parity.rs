@@ -8,13 +8,13 @@
 
 use smallvec::SmallVec;
 use stableio_block::Kind;
-use stableio_mem::{BLOCK, PoolBuf, StableBuf};
+use stableio_mem::{BLOCK, PoolBuf, StableBuf, Update};
 use stableio_onepass::gf;
 
 use crate::bands::{Band, Cover};
 use crate::engine::Engine;
 use crate::geometry::Place;
-use crate::repair::{block_mut, guard_of};
+use crate::repair::guard_of;
 use crate::tuple::State;
 use crate::twin::{Protection, lacks};
 use crate::write::{Fetch, Sheet};
@@ -25,6 +25,12 @@ pub(crate) struct Parities<B> {
     pub(crate) q: Option<B>,
 }
 
+/// Blocks, and their guards.
+pub(crate) struct Summed {
+    pub(crate) bytes: StableBuf,
+    pub(crate) guards: SmallVec<[u64; 4]>,
+}
+
 impl Engine {
     /// The new parity of a band, for the members that hold it; none where no
     /// block of its rows is written any more.
@@ -33,28 +39,19 @@ impl Engine {
         band: &Band,
         merged: &[Option<StableBuf>],
         sheet: &mut Sheet,
-    ) -> Result<Parities<StableBuf>, Kind> {
+    ) -> Result<Parities<Summed>, Kind> {
         if band.is_full() {
             return Ok(of_the_pass(band, sheet));
         }
         let over_old = self.reads_over_old(band) < self.reads_of_kept(band);
-        let first = self.partial_parities(band, over_old, sheet).await;
-        let mut sum = match first {
-            Err(Kind::Lost) => Box::pin(self.partial_parities(band, !over_old, sheet)).await?,
+        let first = self.partial_parities(band, over_old, merged, sheet).await;
+        let sum = match first {
+            Err(Kind::Lost) => {
+                Box::pin(self.partial_parities(band, !over_old, merged, sheet)).await?
+            }
             done => done?,
         };
-        for (column, cover) in band.covers.iter().enumerate() {
-            match (*cover, &merged[column]) {
-                (Cover::Full(payload), _) => {
-                    sheet.payload.add_to(payload, band.rows.len(), column, &mut sum)?;
-                }
-                (Cover::Part { .. }, Some(block)) => {
-                    sum.add(0, block.contiguous(0, BLOCK), column);
-                }
-                _ => {}
-            }
-        }
-        Ok(Parities { p: sum.p.map(PoolBuf::freeze), q: sum.q.map(PoolBuf::freeze) })
+        Ok(Parities { p: sum.p.map(Summed::of), q: sum.q.map(Summed::of) })
     }
 
     /// Blocks that are read to make a column's old block known.
@@ -74,27 +71,56 @@ impl Engine {
         old + self.geometry.level.parities()
     }
 
+    /// The parity of a band that is not full: of the blocks that it keeps and
+    /// of the new ones, or over the old parity, where each new block takes the
+    /// place of the old.
     async fn partial_parities(
         &self,
         band: &Band,
         over_old: bool,
+        merged: &[Option<StableBuf>],
         sheet: &mut Sheet,
     ) -> Result<Parities<PoolBuf>, Kind> {
-        if over_old {
-            let old = self.old_parities(band, sheet).await?;
-            self.add_old(band, |cover| cover != Cover::None, old, sheet).await
-        } else {
-            let zeros = |holds: bool, sheet: &mut Sheet| {
-                holds.then(|| {
-                    let mut zeros = sheet.memory.take(band.rows.len() * BLOCK);
-                    zeros.zero(0..band.rows.len() * BLOCK);
-                    zeros
-                })
-            };
-            let (p, q) = self.parity_members(band);
-            let sum = Parities { p: zeros(p.is_some(), sheet), q: zeros(q.is_some(), sheet) };
-            self.add_old(band, |cover| cover == Cover::None, sum, sheet).await
+        let mut sum = match over_old {
+            true => self.old_parities(band, sheet).await?,
+            false => self.no_parities(band, sheet),
+        };
+        let columns = 0..band.covers.len();
+        let is_read = |column: &usize| (band.covers[*column] != Cover::None) == over_old;
+        // One mostly: the block of a small write.
+        let begun: SmallVec<[Fetch; 1]> = columns
+            .clone()
+            .filter(is_read)
+            .map(|column| self.begin_fetch(band.stripe, column, band.rows.clone(), sheet))
+            .collect();
+        let mut done = Ok(());
+        for fetch in begun {
+            let column = fetch.column;
+            // Every one is waited for: their memory is the request's.
+            let old = self.finish_fetch(fetch, sheet).await.map(PoolBuf::freeze);
+            done = done.and(match old {
+                Ok(old) if over_old => {
+                    take_up_new(band, column, Some(&old), merged, sheet, &mut sum)
+                }
+                old => old.map(|kept| sum.update(column, None).take_up(&kept)),
+            });
         }
+        for column in columns.filter(|column| !is_read(column) && !over_old) {
+            done = done.and_then(|()| take_up_new(band, column, None, merged, sheet, &mut sum));
+        }
+        done.map(|()| sum)
+    }
+
+    /// Zeros, for the parities of a band that a member holds.
+    fn no_parities(&self, band: &Band, sheet: &mut Sheet) -> Parities<PoolBuf> {
+        let len = band.rows.len() * BLOCK;
+        let mut zeros = |holds: bool| {
+            let mut zeros = holds.then(|| sheet.memory.take(len))?;
+            zeros.zero(0..len);
+            Some(zeros)
+        };
+        let (p, q) = self.parity_members(band);
+        Parities { p: zeros(p.is_some()), q: zeros(q.is_some()) }
     }
 
     /// The members that P and Q of a band go to.
@@ -162,60 +188,60 @@ impl Engine {
         }
         Ok(Parities { p, q })
     }
-
-    /// Adds the old blocks of some columns to a sum, all read side by side
-    /// and verified.
-    async fn add_old(
-        &self,
-        band: &Band,
-        which: impl Fn(Cover) -> bool,
-        mut sum: Parities<PoolBuf>,
-        sheet: &mut Sheet,
-    ) -> Result<Parities<PoolBuf>, Kind> {
-        let columns = (0..band.covers.len()).filter(|c| which(band.covers[*c]));
-        // One mostly: the block of a small write.
-        let begun: SmallVec<[Fetch; 1]> = columns
-            .map(|column| self.begin_fetch(band.stripe, column, band.rows.clone(), sheet))
-            .collect();
-        let mut failure = None;
-        for fetch in begun {
-            let column = fetch.column;
-            // Every one is waited for: their memory is the request's.
-            match self.finish_fetch(fetch, sheet).await {
-                Err(kind) => failure = Some(kind),
-                Ok(blocks) => {
-                    let blocks = blocks.freeze();
-                    for i in 0..band.rows.len() {
-                        sum.add(i * BLOCK, blocks.contiguous(i * BLOCK, BLOCK), column);
-                    }
-                }
-            }
-        }
-        failure.map_or(Ok(sum), Err)
-    }
 }
 
 impl Parities<PoolBuf> {
-    /// Adds a block of a data column, which takes it out where it is in.
-    pub(crate) fn add(&mut self, at: usize, block: &[u8], column: usize) {
-        if let Some(p) = &mut self.p {
-            stableio_onepass::xor_into(block_mut(p, at), block);
-        }
-        if let Some(q) = &mut self.q {
-            gf::mul_xor_into(block_mut(q, at), block, gf::exp(column));
-        }
+    /// How blocks of a data column are taken up, in place of `old`, if that is
+    /// in.
+    pub(crate) fn update<'a>(
+        &'a mut self,
+        column: usize,
+        old: Option<&'a StableBuf>,
+    ) -> Update<'a> {
+        let Parities { p, q } = self;
+        Update { p: p.as_mut(), q: q.as_mut(), coefficient: gf::exp(column), at: 0, old }
     }
 }
 
+impl Summed {
+    fn of(blocks: PoolBuf) -> Summed {
+        let bytes = blocks.freeze();
+        let blocks = (0..bytes.len() / BLOCK).map(|i| bytes.contiguous(i * BLOCK, BLOCK));
+        Summed { guards: blocks.map(stableio_onepass::guard).collect(), bytes }
+    }
+}
+
+/// Takes up what a write puts in a column of a band, in place of `old`, if that
+/// is in.
+fn take_up_new(
+    band: &Band,
+    column: usize,
+    old: Option<&StableBuf>,
+    merged: &[Option<StableBuf>],
+    sheet: &Sheet,
+    sum: &mut Parities<PoolBuf>,
+) -> Result<(), Kind> {
+    match (band.covers[column], &merged[column]) {
+        (Cover::Full(payload), _) => {
+            sheet.payload.take_up(payload, band.rows.len(), column, old, sum)?;
+        }
+        (_, Some(block)) => sum.update(column, old).take_up(block),
+        (_, None) => {}
+    }
+    Ok(())
+}
+
 /// What the pass computed for a band of full rows.
-fn of_the_pass(band: &Band, sheet: &Sheet) -> Parities<StableBuf> {
+fn of_the_pass(band: &Band, sheet: &Sheet) -> Parities<Summed> {
     let sums = &sheet.sums;
     let span =
         sums.spans.iter().find(|s| s.stripe == band.stripe && s.rows.start <= band.rows.start);
-    let part = |parity: &Option<StableBuf>| {
+    let part = |parity: &Option<StableBuf>, guards: &[u64]| {
         let (span, parity) = (span?, parity.as_ref()?);
-        let at = span.at + (band.rows.start - span.rows.start) as usize * BLOCK;
-        Some(parity.slice(at..at + band.rows.len() * BLOCK))
+        let first = span.at / BLOCK + (band.rows.start - span.rows.start) as usize;
+        let blocks = first..first + band.rows.len();
+        let bytes = parity.slice(blocks.start * BLOCK..blocks.end * BLOCK);
+        Some(Summed { bytes, guards: SmallVec::from_slice(&guards[blocks]) })
     };
-    Parities { p: part(&sums.parity), q: part(&sums.q) }
+    Parities { p: part(&sums.parity, &sums.parity_guards), q: part(&sums.q, &sums.q_guards) }
 }

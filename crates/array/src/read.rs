@@ -17,6 +17,7 @@ use std::ops::Range;
 use smallvec::SmallVec;
 use stableio_block::{Extent, Into, Issuer, Kind, Outcome, Reply, path::Stage};
 use stableio_mem::{BLOCK, ForeignBuf, PoolBuf, Reservation, SgList, StableBuf, doors};
+use stableio_onepass::{Format, verify};
 use std::sync::Arc;
 
 use crate::engine::Engine;
@@ -95,15 +96,13 @@ impl Target {
 
 /// Blocks of our own memory that do not have the guards they should.
 fn mismatches(buf: &mut PoolBuf, from: usize, guards: &[u64]) -> Vec<usize> {
-    let pieces = buf.range_mut(from..from + guards.len() * BLOCK);
-    let found =
-        pieces.flat_map(|p| p.chunks_exact(BLOCK).map(stableio_onepass::guard).collect::<Vec<_>>());
-    found
-        .zip(guards)
-        .enumerate()
-        .filter(|(_, (found, guard))| found != *guard)
-        .map(|(i, _)| i)
-        .collect()
+    let (mut mismatches, mut first) = (Vec::new(), 0);
+    for piece in buf.range_mut(from..from + guards.len() * BLOCK) {
+        let of_piece = &guards[first..first + piece.len() / BLOCK];
+        verify(Format::NATIVE, piece, of_piece, |i| mismatches.push(first + i));
+        first += of_piece.len();
+    }
+    mismatches
 }
 
 /// Blocks next to each other on a member and in the target.

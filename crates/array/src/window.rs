@@ -10,7 +10,7 @@ use stableio_mem::{BLOCK, PoolBuf, Reservation};
 
 use crate::engine::Engine;
 use crate::member::Sent;
-use crate::repair::{BENCH, block_mut};
+use crate::repair::BENCH;
 
 /// Rows of a window.
 pub(crate) const ROWS: u64 = 64;
@@ -57,9 +57,9 @@ impl Window {
     }
 
     /// A member's block of a row, if it came.
-    pub(crate) fn block(&mut self, member: usize, row: u64) -> Option<&[u8]> {
+    pub(crate) fn block(&self, member: usize, row: u64) -> Option<&[u8]> {
         let at = self.index(member, row) * BLOCK;
-        self.came[member].then(|| &*block_mut(&mut self.buf, at))
+        self.came[member].then(|| self.buf.contiguous(at, BLOCK))
     }
 
     fn index(&self, member: usize, row: u64) -> usize {

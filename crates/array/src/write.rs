@@ -23,7 +23,6 @@ use smallvec::SmallVec;
 use stableio_block::path::{InStage, Stage};
 use stableio_block::{Body, Kind, sync::join};
 use stableio_mem::{BLOCK, PoolBuf, PromisedBuf, Reservation, SgList, StableBuf, Sums};
-use stableio_onepass::gf;
 
 use crate::bands::{Band, Cover, bands};
 use crate::engine::Engine;
@@ -31,7 +30,7 @@ use crate::geometry::{Geometry, Place};
 use crate::log::{P_COLUMN, Record, records_needed, with_records};
 use crate::member::Sent;
 use crate::pages::PageSet;
-use crate::parity::Parities;
+use crate::parity::{Parities, Summed};
 use crate::repair::{BENCH, block_mut, guard_of};
 use crate::tuple::{State, Tuple};
 use crate::twin::{Protection, lacks};
@@ -102,28 +101,24 @@ impl Payload {
         }
     }
 
-    /// Adds blocks of the payload, of a data column, to a parity.
-    pub(crate) fn add_to(
+    /// Takes blocks of the payload up in the parities of their column, and
+    /// what these hold of it already, `old`, out of them.
+    pub(crate) fn take_up(
         &self,
         from: usize,
         blocks: usize,
         column: usize,
+        old: Option<&StableBuf>,
         sum: &mut Parities<PoolBuf>,
     ) -> Result<(), Kind> {
         match self {
-            Payload::Nothing => {}
-            Payload::Promised(buf) => {
-                if let Some(p) = &mut sum.p {
-                    buf.xor_into(from, blocks, p, 0)?;
-                }
-                if let Some(q) = &mut sum.q {
-                    buf.mul_xor_into(from, blocks, gf::exp(column), q, 0)?;
-                }
+            Payload::Nothing => {
+                // Zeros: what goes out is all that changes.
+                old.into_iter().for_each(|old| sum.update(column, None).take_up(old));
             }
+            Payload::Promised(buf) => buf.take_up(from, blocks, sum.update(column, old))?,
             Payload::Stable(buf) => {
-                for i in 0..blocks {
-                    sum.add(i * BLOCK, buf.contiguous(from + i * BLOCK, BLOCK), column);
-                }
+                sum.update(column, old).take_up(&buf.slice(from..from + blocks * BLOCK));
             }
         }
         Ok(())
@@ -374,7 +369,7 @@ impl Engine {
     fn change_parity(
         &self,
         band: &Band,
-        parity: Parities<StableBuf>,
+        parity: Parities<Summed>,
         log_content: bool,
         sheet: &mut Sheet,
     ) {
@@ -388,21 +383,19 @@ impl Engine {
             let rows = if is_q || log_content { band.rows.clone() } else { 0..0 };
             for (i, row) in rows.enumerate() {
                 let place = Place { stripe: band.stripe, row, column };
-                let block = blocks.as_ref().map(|blocks| blocks.slice(i * BLOCK..(i + 1) * BLOCK));
-                let new = match &block {
-                    Some(block) => Tuple::written(
-                        stableio_onepass::guard(block.contiguous(0, BLOCK)),
-                        self.block_number(place),
-                    ),
-                    None => Tuple::UNWRITTEN,
-                };
-                let logged = block.filter(|_| log_content).map(|block| block.source());
+                let new = blocks.as_ref().map_or(Tuple::UNWRITTEN, |blocks| {
+                    Tuple::written(blocks.guards[i], self.block_number(place))
+                });
+                let logged = blocks
+                    .as_ref()
+                    .filter(|_| log_content)
+                    .map(|blocks| blocks.bytes.slice(i * BLOCK..(i + 1) * BLOCK).source());
                 if is_q || logged.is_some() {
                     sheet.change(place, new, logged);
                 }
             }
             if let (Some(member), Some(blocks)) = (member, blocks) {
-                sheet.writes.push(MemberWrite { member, at, list: blocks.source() });
+                sheet.writes.push(MemberWrite { member, at, list: blocks.bytes.source() });
             }
         }
     }

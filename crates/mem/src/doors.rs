@@ -21,11 +21,10 @@
 //! gives a [`Fault`]; buffers taken so far go back to their pool.
 
 use smallvec::SmallVec;
-use stableio_onepass as onepass;
-use stableio_onepass::{Parities, Parity, gf};
+use stableio_onepass::{self as onepass, Column, Cursor, Format, Parities, Parity, RowParity};
 
 use crate::error::Fault;
-use crate::foreign::{ForeignBuf, Segment, Segments, WORD};
+use crate::foreign::{ForeignBuf, Segment, WORD};
 use crate::pool::{PoolBuf, Reservation};
 use crate::rows::{ParitySpan, RowShape, Run, whole_blocks};
 use crate::sg::SgList;
@@ -51,8 +50,12 @@ pub struct Sums {
     pub guards: SmallVec<[u64; 4]>,
     /// Parity blocks (P) of the full rows, placed by `spans`.
     pub parity: Option<StableBuf>,
+    /// Guards of these, in order.
+    pub parity_guards: Vec<u64>,
     /// Their Q, if the rows have two parities; placed by `spans` too.
     pub q: Option<StableBuf>,
+    /// Guards of these, in order.
+    pub q_guards: Vec<u64>,
     /// Where each stripe's full rows lie in `parity` and in `q`.
     pub spans: Vec<ParitySpan>,
 }
@@ -70,7 +73,9 @@ impl Sums {
             first_block: whole.start,
             guards: SmallVec::from_slice(guards),
             parity: self.parity.clone(),
+            parity_guards: self.parity_guards.clone(),
             q: self.q.clone(),
+            q_guards: self.q_guards.clone(),
             spans: spans.cloned().collect(),
         }
     }
@@ -109,44 +114,21 @@ pub fn stabilize(
     let lead = (at % BLOCK as u64) as usize;
     let mut copy = memory.take(lead + len);
     copy.zero_outside(lead..lead + len);
-    let (segments, _, _keep) = buf.into_parts();
+    let segments = ranges(buf.for_kernel());
     let mut source = Cursor::new(&segments);
 
-    let whole = whole_blocks(at, len);
-    let head = if whole.is_empty() { len } else { (whole.start * BLOCK as u64 - at) as usize };
-    source.copy_to(&mut copy, lead, head)?;
-    let sums = if pass.guards {
-        sum_blocks(at, len, pass, memory, |step, guards| {
-            let (dst, room) = copy.at(lead + step.offset);
-            let blocks = step.blocks.min(room / BLOCK);
-            let direct = blocks.min(source.contiguous() / BLOCK);
-            if direct > 0 && source.cuts_no_word(direct * BLOCK) {
-                let src = source.take(direct * BLOCK);
-                // SAFETY: `src` is a foreign range kept alive by `_keep`;
-                // `dst` has room for `direct` blocks and is ours alone; the
-                // parities have room for `step.blocks` (see `Step`).
-                unsafe {
-                    onepass::stabilize_blocks(src, dst, &mut guards[..direct], step.parities)?
-                };
-                return Ok(direct);
-            }
-            // The block is pieced together from several segments, or its edge
-            // cuts a word of the source: each byte is still loaded once; the
-            // sums are taken of the copy.
-            source.copy_to(&mut copy, lead + step.offset, BLOCK)?;
-            // SAFETY: `copy_to` just filled these bytes, contiguous as one
-            // block never crosses an extent; nobody else writes to them.
-            let block = unsafe { std::slice::from_raw_parts(dst, BLOCK) };
-            // SAFETY: the parities have room for a block (see `Step`).
-            unsafe { onepass::stable_blocks(block, &mut guards[..1], step.parities) };
-            Ok(1)
-        })?
-    } else {
-        source.copy_to(&mut copy, lead + head, whole.count() * BLOCK)?;
-        Sums::default()
+    let whole = if pass.guards { whole_blocks(at, len) } else { 0..0 };
+    let head = if whole.is_empty() { 0 } else { (whole.start * BLOCK as u64 - at) as usize };
+    let body = whole.count() * BLOCK;
+    // SAFETY: the segments are foreign ranges kept alive by `buf`, and the
+    // copy is ours alone.
+    let sums = unsafe {
+        load_to(source.split_to(head)?, &mut copy, lead)?;
+        let blocks = source.split_to(body)?;
+        let sums = sum_blocks(at, len, pass, memory, blocks, Some((&mut copy, lead + head)))?;
+        load_to(source, &mut copy, lead + head + body)?;
+        sums
     };
-    let done = lead + len - source.left();
-    source.copy_to(&mut copy, done, lead + len - done)?;
     Ok((copy.freeze().slice(lead..lead + len), sums))
 }
 
@@ -159,20 +141,10 @@ pub fn stabilize(
 ///
 /// When a block lies in two pieces: the data is not congruent.
 pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reservation) -> Sums {
-    if !pass.guards {
-        return Sums::default();
-    }
-    let sums = sum_blocks(at, data.len(), pass, memory, |step, guards| {
-        let piece = data.slice(step.offset..step.offset + step.blocks * BLOCK);
-        let first = piece.pieces().next().expect("at least a block");
-        let blocks = first.len() / BLOCK;
-        assert!(blocks > 0, "the data is not congruent to {at}");
-        // SAFETY: the parities have room for `step.blocks` (see `Step`).
-        unsafe {
-            onepass::stable_blocks(&first[..blocks * BLOCK], &mut guards[..blocks], step.parities)
-        };
-        Ok(blocks)
-    });
+    assert!(data.is_congruent(at, BLOCK), "the data is not congruent to {at}");
+    let list = data.source();
+    // SAFETY: `list` keeps the memory alive, and nobody writes to it.
+    let sums = unsafe { sums_in_place(list.segments(), at, data.len(), pass, memory) };
     sums.expect("stable memory does not fault")
 }
 
@@ -189,15 +161,10 @@ pub fn sums_of_stable(data: &StableBuf, at: u64, pass: Pass, memory: &mut Reserv
 /// When the lengths differ.
 pub fn load(buf: ForeignBuf, into: &mut [u8]) -> Result<(), Fault> {
     assert_eq!(buf.len(), into.len());
-    let mut rest = into;
-    for segment in buf.for_kernel() {
-        let (now, later) = rest.split_at_mut(segment.len);
-        // SAFETY: the segment is a foreign range kept alive by `buf`; `now` is
-        // ours alone and as long.
-        unsafe { onepass::copy_in(segment.addr as *const u8, now.as_mut_ptr(), segment.len)? };
-        rest = later;
-    }
-    Ok(())
+    let segments = ranges(buf.for_kernel());
+    // SAFETY: the segments are foreign ranges kept alive by `buf`; `into` is
+    // ours alone and as long.
+    unsafe { Cursor::new(&segments).load(into.as_mut_ptr()) }
 }
 
 /// Takes the first `at` bytes off into a handle of their own, as
@@ -293,65 +260,77 @@ impl PromisedBuf {
     ///
     /// [`Fault`] when the memory vanished.
     pub fn sums(&self, at: u64, pass: Pass, memory: &mut Reservation) -> Result<Sums, Fault> {
-        if !pass.guards {
-            return Ok(Sums::default());
-        }
-        let mut source = Cursor::new(self.0.for_kernel());
-        source.skip((at.next_multiple_of(BLOCK as u64) - at).min(self.len() as u64) as usize);
-        sum_blocks(at, self.len(), pass, memory, |step, guards| {
-            source.sample(step.blocks, guards, step.parities)
-        })
+        // SAFETY: the segments are foreign ranges kept alive by the handle.
+        unsafe { sums_in_place(self.0.for_kernel(), at, self.len(), pass, memory) }
     }
 
-    /// XORs the promised blocks that begin at byte `from` into whole blocks
-    /// of `parity` beginning at byte `to`.
+    /// Takes the promised blocks that begin at byte `from` up in parities.
     ///
     /// # Errors
     ///
     /// [`Fault`] when the memory vanished.
-    pub fn xor_into(
-        &self,
-        from: usize,
-        blocks: usize,
-        parity: &mut PoolBuf,
-        to: usize,
-    ) -> Result<(), Fault> {
-        self.take_up(from, blocks, parity, to, |p| Parities::only_p(Parity::Xor(p)))
+    pub fn take_up(&self, from: usize, blocks: usize, parities: Update<'_>) -> Result<(), Fault> {
+        let segments: SmallVec<[_; 2]> =
+            self.0.range(from, blocks * BLOCK).map(Segment::range).collect();
+        // SAFETY: foreign ranges kept alive by the handle.
+        unsafe { parities.take_up_all(Cursor::new(&segments)) }
+    }
+}
+
+/// What blocks of one column are taken up in: P and Q of rows that follow each
+/// other.
+#[derive(Debug)]
+pub struct Update<'a> {
+    /// The blocks are XORed into P,
+    pub p: Option<&'a mut PoolBuf>,
+    /// and, times `coefficient`, into Q,
+    pub q: Option<&'a mut PoolBuf>,
+    /// which is [`gf::exp`](onepass::gf::exp) of the column,
+    pub coefficient: u8,
+    /// from this byte of each on.
+    pub at: usize,
+    /// What P and Q hold of the column now: it goes out of them, in the same
+    /// pass. In blocks, as the parities.
+    pub old: Option<&'a StableBuf>,
+}
+
+impl Update<'_> {
+    /// Takes stable blocks up.
+    ///
+    /// # Panics
+    ///
+    /// When the data is not whole blocks, or when it does not fit.
+    pub fn take_up(self, data: &StableBuf) {
+        assert!(data.len().is_multiple_of(BLOCK), "{} bytes are no blocks", data.len());
+        let list = data.source();
+        let segments = ranges(list.segments());
+        // SAFETY: `list` keeps the memory alive, and nobody writes to it.
+        let done = unsafe { self.take_up_all(Cursor::new(&segments)) };
+        done.expect("stable memory does not fault");
     }
 
-    /// As [`xor_into`](Self::xor_into), but what is XORed into `q` is the
-    /// bytes times `coefficient` ([`gf::exp`] of their column).
+    /// # Safety
     ///
-    /// # Errors
-    ///
-    /// [`Fault`] when the memory vanished.
-    pub fn mul_xor_into(
-        &self,
-        from: usize,
-        blocks: usize,
-        coefficient: u8,
-        q: &mut PoolBuf,
-        to: usize,
-    ) -> Result<(), Fault> {
-        self.take_up(from, blocks, q, to, |q| Parities::only_q(Parity::Xor(q), coefficient))
-    }
-
-    fn take_up(
-        &self,
-        from: usize,
-        blocks: usize,
-        parity: &mut PoolBuf,
-        to: usize,
-        place: impl Fn(*mut u8) -> Parities,
-    ) -> Result<(), Fault> {
-        let mut source = Cursor::new(self.0.for_kernel());
-        source.skip(from);
+    /// That of [`onepass::Pass::foreign`] about its segments.
+    unsafe fn take_up_all(mut self, mut source: Cursor<'_>) -> Result<(), Fault> {
         let mut done = 0;
-        while done < blocks {
-            let (dst, room) = parity.at(to + done * BLOCK);
-            let count = (blocks - done).min(room / BLOCK);
-            let mut guards: SmallVec<[u64; 16]> = SmallVec::from_elem(0, count);
-            done += source.sample(count, &mut guards, place(dst))?;
+        while !source.is_empty() {
+            let mut len = source.len();
+            let at = self.at + done;
+            let mut place = |parity: &mut Option<&mut PoolBuf>| match parity {
+                Some(parity) => Parity::Xor(parity.place(at, &mut len)),
+                None => Parity::None,
+            };
+            let (p, q) = (place(&mut self.p), place(&mut self.q));
+            let parities = Parities { p, q, coefficient: self.coefficient };
+            let old = self.old.map(|old| old.place(done, &mut len));
+            let guards = onepass::Pass::guards(Format::NATIVE);
+            let pass = onepass::Pass { parities, old, ..guards };
+            let mut guards: SmallVec<[u64; 16]> = SmallVec::from_elem(0, len / BLOCK);
+            // SAFETY: the caller's promise; the parities are ours alone, hold
+            // bytes and have room for `len` of them, and so many has `old`.
+            unsafe { pass.foreign(source.split_to(len)?, &mut guards)? };
+            done += len;
         }
         Ok(())
     }
@@ -384,15 +363,15 @@ impl Verdict {
 ///
 /// [`Fault`] when the memory vanished.
 pub fn verify_in_place(buf: &ForeignBuf, from: usize, expected: &[u64]) -> Result<Verdict, Fault> {
-    let segments: Segments = buf.range(from, expected.len() * BLOCK).collect();
-    let mut source = Cursor::new(&segments);
-    let mut found: SmallVec<[u64; 64]> = SmallVec::from_elem(0, expected.len());
-    let mut done = 0;
-    while done < expected.len() {
-        done += source.sample(expected.len() - done, &mut found[done..], Parities::NONE)?;
+    let segments: SmallVec<[_; 2]> =
+        buf.range(from, expected.len() * BLOCK).map(Segment::range).collect();
+    let mut mismatches = SmallVec::new();
+    // SAFETY: the segments are foreign ranges kept alive by `buf`.
+    unsafe {
+        let mismatch = |i| mismatches.push(i as u32);
+        onepass::verify_foreign(Format::NATIVE, &segments, expected, mismatch)?;
     }
-    let pairs = found.iter().zip(expected).enumerate();
-    Ok(Verdict { mismatches: pairs.filter(|(_, (f, e))| f != e).map(|(i, _)| i as u32).collect() })
+    Ok(Verdict { mismatches })
 }
 
 /// Writes stable bytes into a foreign buffer from its byte `to` on.
@@ -442,196 +421,213 @@ pub fn zero_out(buf: &ForeignBuf, to: usize, len: usize) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Part of a pass: up to `blocks` blocks from byte `offset` of the payload.
-/// The parities have room for all of them.
-struct Step {
-    offset: usize,
-    blocks: usize,
-    parities: Parities,
+/// The segments as a pass takes them.
+fn ranges(segments: &[Segment]) -> SmallVec<[onepass::Segment; 2]> {
+    segments.iter().copied().map(Segment::range).collect()
 }
 
-/// Walks the whole blocks of `at..at + len` in the order of the data, gives
-/// each step the place of its parities, and gathers guards. `each` says how
-/// many blocks it did.
-fn sum_blocks(
+/// Loads bytes into `copy` from its byte `to` on.
+///
+/// # Safety
+///
+/// That of [`Cursor::load`], but for what it says about its destination.
+unsafe fn load_to(mut source: Cursor<'_>, copy: &mut PoolBuf, mut to: usize) -> Result<(), Fault> {
+    while !source.is_empty() {
+        let mut len = source.len();
+        let place = copy.place(to, &mut len);
+        // SAFETY: the caller's promise; `place` has room for `len` bytes.
+        unsafe { source.split_to(len)?.load(place)? };
+        to += len;
+    }
+    Ok(())
+}
+
+/// Guards and parity of `len` bytes where they lie.
+///
+/// # Safety
+///
+/// That of [`onepass::Pass::foreign`] about its segments.
+unsafe fn sums_in_place(
+    segments: &[Segment],
     at: u64,
     len: usize,
     pass: Pass,
     memory: &mut Reservation,
-    mut each: impl FnMut(Step, &mut [u64]) -> Result<usize, Fault>,
 ) -> Result<Sums, Fault> {
+    let segments = ranges(segments);
+    let mut source = Cursor::new(&segments);
     let whole = whole_blocks(at, len);
+    let head = (at.next_multiple_of(BLOCK as u64) - at).min(len as u64) as usize;
+    // SAFETY: the caller's promise.
+    unsafe {
+        source.split_to(head)?;
+        let blocks = source.split_to(whole.count() * BLOCK)?;
+        sum_blocks(at, len, pass, memory, blocks, None)
+    }
+}
+
+/// Goes over `source`, the whole blocks of `at..at + len`, once: copies them
+/// to `copy` from the byte on that is said there, and gathers guards and the
+/// parity of full rows.
+///
+/// # Safety
+///
+/// That of [`onepass::Pass::foreign`] about its segments.
+unsafe fn sum_blocks(
+    at: u64,
+    len: usize,
+    pass: Pass,
+    memory: &mut Reservation,
+    source: Cursor<'_>,
+    copy: Option<(&mut PoolBuf, usize)>,
+) -> Result<Sums, Fault> {
+    if !pass.guards {
+        return Ok(Sums::default());
+    }
     let (spans, parity_bytes) =
         pass.rows.map_or((Vec::new(), 0), |rows| rows.parity_spans(at, len));
     let has_q = pass.rows.is_some_and(|rows| rows.has_q());
-    let mut take = |wanted: bool| (wanted && parity_bytes > 0).then(|| memory.take(parity_bytes));
-    let (mut parity, mut q) = (take(true), take(has_q));
-    let mut guards: SmallVec<[u64; 4]> = SmallVec::from_elem(0, whole.clone().count());
-    let mut result = Ok(());
-    let mut one_run = |run: Run| {
-        let mut done = 0;
-        while done < run.count && result.is_ok() {
-            let mut blocks = run.count - done;
-            let mut place = |parity: &mut Option<PoolBuf>| match (run.parity, parity) {
-                (Some((start, column)), Some(parity)) => {
-                    let (ptr, room) = parity.at(start + done * BLOCK);
-                    blocks = blocks.min(room / BLOCK);
-                    if column == 0 { Parity::Set(ptr) } else { Parity::Xor(ptr) }
-                }
-                _ => Parity::None,
-            };
-            let (p, q) = (place(&mut parity), place(&mut q));
-            let coefficient = run.parity.map_or(0, |(_, column)| gf::exp(column as usize));
-            let parities = Parities { p, q, coefficient };
-            let block = run.block + done as u64;
-            let offset = (block * BLOCK as u64 - at) as usize;
-            let into = &mut guards[(block - whole.start) as usize..][..blocks];
-            match each(Step { offset, blocks, parities }, into) {
-                Ok(count) => done += count,
-                Err(fault) => result = Err(fault),
+    let mut parity = |wanted: bool| {
+        (wanted && parity_bytes > 0).then(|| ParityBuf::new(memory.take(parity_bytes)))
+    };
+    let (p, q) = (parity(true), parity(has_q));
+    let mut sink = Sink { copy, p, q };
+    let mut guards: SmallVec<[u64; 4]> = SmallVec::from_elem(0, source.len() / BLOCK);
+    let columns = pass.rows.map_or(1, |rows| rows.columns as usize);
+    let runs = pass.rows.iter().flat_map(|rows| rows.runs(at, len, &spans));
+    let all = Run { count: guards.len(), parity: None };
+    let runs = runs.chain(pass.rows.is_none().then_some(all));
+    // SAFETY: the caller's promise.
+    unsafe { sink.take_up(runs, columns, source, &mut guards)? };
+    let first_block = whole_blocks(at, len).start;
+    let (parity, parity_guards) = sink.p.map(ParityBuf::freeze).unwrap_or_default();
+    let (q, q_guards) = sink.q.map(ParityBuf::freeze).unwrap_or_default();
+    Ok(Sums { first_block, guards, parity, parity_guards, q, q_guards, spans })
+}
+
+/// Where a pass puts what it makes, beside guards.
+///
+/// The columns of full rows take turns ([`onepass::row`]): parity stays in the
+/// nearest cache from the first of them to the last. Where the border of two
+/// columns goes through a word, the cut has loaded it (DOOR-2).
+struct Sink<'a> {
+    /// The copy, and where in it the first block goes.
+    copy: Option<(&'a mut PoolBuf, usize)>,
+    p: Option<ParityBuf>,
+    q: Option<ParityBuf>,
+}
+
+/// A parity that a pass makes, and its guards.
+struct ParityBuf {
+    blocks: PoolBuf,
+    guards: Vec<u64>,
+}
+
+/// Blocks that follow each other in the data, in one column.
+struct Blocks<'a> {
+    source: Cursor<'a>,
+    /// How many bytes lie before them in the data.
+    offset: usize,
+    guards: &'a mut [u64],
+}
+
+impl Sink<'_> {
+    /// Takes up all runs: those of full rows once every column of these is
+    /// known, so that row by row is gone over, and the others by themselves.
+    ///
+    /// # Safety
+    ///
+    /// That of [`onepass::Pass::foreign`] about its segments.
+    unsafe fn take_up(
+        &mut self,
+        runs: impl Iterator<Item = Run>,
+        columns: usize,
+        mut source: Cursor<'_>,
+        mut guards: &mut [u64],
+    ) -> Result<(), Fault> {
+        let mut rows: SmallVec<[Blocks<'_>; 8]> = SmallVec::new();
+        let mut offset = 0;
+        for Run { count, parity } in runs {
+            let guards = guards.split_off_mut(..count).expect("one for each block");
+            // SAFETY: the caller's promise.
+            let source = unsafe { source.split_to(count * BLOCK)? };
+            let blocks = Blocks { source, offset, guards };
+            offset += count * BLOCK;
+            if parity.is_none() {
+                // SAFETY: as above.
+                unsafe { self.sum_rows(&mut [blocks], None)? };
+                continue;
+            }
+            rows.push(blocks);
+            if rows.len() == columns {
+                // SAFETY: as above.
+                unsafe { self.sum_rows(&mut rows, parity)? };
+                rows.clear();
             }
         }
-    };
-    match pass.rows {
-        Some(rows) => rows.runs(at, len, &spans, one_run),
-        None => one_run(Run { block: whole.start, count: whole.clone().count(), parity: None }),
-    }
-    result?;
-    let (parity, q) = (parity.map(PoolBuf::freeze), q.map(PoolBuf::freeze));
-    Ok(Sums { first_block: whole.start, guards, parity, q, spans })
-}
-
-/// Where the next byte of a foreign buffer is to be loaded. It only moves
-/// forward: that is MEM-1 for whoever loads through it.
-struct Cursor<'a> {
-    segments: &'a [Segment],
-    offset: usize,
-    /// The word that was loaded last, whole (DOOR-2), though fewer of its
-    /// bytes were asked for: its last `ahead` bytes are the next to give.
-    /// Only [`copy_to`](Self::copy_to) leaves such bytes, and takes them up.
-    word: [u8; WORD],
-    ahead: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn new(segments: &'a [Segment]) -> Self {
-        Self { segments, offset: 0, word: [0; WORD], ahead: 0 }
-    }
-
-    /// Bytes up to the end of the current segment.
-    fn contiguous(&self) -> usize {
-        self.segments.first().map_or(0, |s| s.len - self.offset)
-    }
-
-    fn left(&self) -> usize {
-        self.segments.iter().map(|s| s.len).sum::<usize>() - self.offset + self.ahead
-    }
-
-    /// Whether the next `len` bytes of the current segment begin and end
-    /// between words.
-    fn cuts_no_word(&self, len: usize) -> bool {
-        self.ahead == 0 && self.to_last_whole_word(len) == len
-    }
-
-    /// `len` bytes of the current segment, less the beginning of a word that
-    /// would be cut at their end. A word that the segment itself cuts does not
-    /// count.
-    fn to_last_whole_word(&self, len: usize) -> usize {
-        let Some(segment) = self.segments.first() else { return len };
-        let end = segment.addr + self.offset + len;
-        let word = end - end % WORD;
-        let is_cut = word < end && end < segment.addr + segment.len;
-        let is_whole = segment.addr <= word && word + WORD <= segment.addr + segment.len;
-        if is_cut && is_whole { len - (end - word) } else { len }
-    }
-
-    /// The address of the next `len` bytes of the current segment.
-    fn take(&mut self, len: usize) -> *const u8 {
-        let segment = self.segments[0];
-        assert!(self.offset + len <= segment.len, "inside a segment");
-        let addr = segment.addr + self.offset;
-        self.offset += len;
-        if self.offset == segment.len {
-            (self.segments, self.offset) = (&self.segments[1..], 0);
-        }
-        addr as *const u8
-    }
-
-    fn skip(&mut self, mut len: usize) {
-        while len > 0 {
-            let now = len.min(self.contiguous());
-            self.take(now);
-            len -= now;
-        }
-    }
-
-    /// Puts the next `len` bytes into `dst` from byte `to` on.
-    fn copy_to(&mut self, dst: &mut PoolBuf, mut to: usize, mut len: usize) -> Result<(), Fault> {
-        while len > 0 {
-            let (ptr, room) = dst.at(to);
-            let room = len.min(room);
-            let now = if self.ahead > 0 {
-                let rest = &self.word[WORD - self.ahead..];
-                let now = rest.len().min(room);
-                // SAFETY: `ptr` has room for `now` bytes of ours.
-                unsafe { ptr.copy_from_nonoverlapping(rest.as_ptr(), now) };
-                self.ahead -= now;
-                now
-            } else {
-                let now = self.to_last_whole_word(room.min(self.contiguous()));
-                if now == 0 {
-                    self.load_word()?;
-                    continue;
-                }
-                // SAFETY: `take` gives a foreign range that the buffer's
-                // keep-alive holds; `ptr` has room for `now` bytes of ours.
-                unsafe { onepass::copy_in(self.take(now), ptr, now)? };
-                now
-            };
-            to += now;
-            len -= now;
-        }
         Ok(())
     }
 
-    /// Loads a word of which the next step takes only the first bytes.
-    fn load_word(&mut self) -> Result<(), Fault> {
-        // SAFETY: a foreign range as in `copy_to`; the target is ours.
-        unsafe { onepass::copy_in(self.take(WORD), self.word.as_mut_ptr(), WORD)? };
-        self.ahead = WORD;
-        Ok(())
-    }
-
-    /// Guards and parity of up to `blocks` next blocks without keeping them;
-    /// at least one. Says how many.
+    /// Goes over columns of as many blocks each: full rows, if their parity
+    /// has a place.
     ///
-    /// It may cut words at the edges of blocks: of what it loads here only a
-    /// verdict is made, or sums of bytes that are promised not to change.
-    fn sample(
+    /// # Safety
+    ///
+    /// That of [`onepass::Pass::foreign`] about its segments.
+    unsafe fn sum_rows(
         &mut self,
-        blocks: usize,
-        guards: &mut [u64],
-        parities: Parities,
-    ) -> Result<usize, Fault> {
-        let direct = blocks.min(self.contiguous() / BLOCK);
-        if direct > 0 {
-            // SAFETY: a foreign range that the buffer's keep-alive holds; the
-            // caller's parities have room for `blocks`.
-            unsafe {
-                onepass::sample_blocks(self.take(direct * BLOCK), &mut guards[..direct], parities)?
-            };
-            return Ok(direct);
-        }
-        let mut block = [0u8; BLOCK];
+        columns: &mut [Blocks<'_>],
+        parity: Option<usize>,
+    ) -> Result<(), Fault> {
         let mut done = 0;
-        while done < BLOCK {
-            let now = (BLOCK - done).min(self.contiguous());
-            // SAFETY: a foreign range as above; the target is on our stack.
-            unsafe { onepass::copy_in(self.take(now), block.as_mut_ptr().add(done), now)? };
-            done += now;
+        while !columns[0].source.is_empty() {
+            // As far as every buffer goes on in one extent.
+            let mut len = columns[0].source.len();
+            let at = parity.map(|at| at + done);
+            let mut place = |parity: &mut Option<ParityBuf>| {
+                let (at, parity) = at.zip(parity.as_mut())?;
+                Some((at, parity.blocks.place(at, &mut len)))
+            };
+            let (to_p, to_q) = (place(&mut self.p), place(&mut self.q));
+            let mut copies: SmallVec<[*mut u8; 8]> = SmallVec::new();
+            if let Some((copy, first)) = &mut self.copy {
+                let places = columns.iter().map(|column| *first + column.offset + done);
+                copies.extend(places.map(|at| copy.place(at, &mut len)));
+            }
+            let mut row: SmallVec<[Column<'_>; 8]> = SmallVec::new();
+            for (k, column) in columns.iter_mut().enumerate() {
+                let guards =
+                    column.guards.split_off_mut(..len / BLOCK).expect("one for each block");
+                // SAFETY: the caller's promise.
+                let source = unsafe { column.source.split_to(len)? };
+                row.push(match copies.get(k) {
+                    Some(copy) => Column::foreign(source, *copy, guards),
+                    None => Column::promised(source, guards),
+                });
+            }
+            let p = self.p.as_mut().zip(to_p).map(|(p, place)| p.part(place, len));
+            let q = self.q.as_mut().zip(to_q).map(|(q, place)| q.part(place, len));
+            // SAFETY: the caller's promise; the buffers are ours alone, and
+            // have room for `len` bytes at each place.
+            unsafe { onepass::row(Format::NATIVE, &mut row, p, q)? };
+            done += len;
         }
-        // SAFETY: the caller's parities have room for a block.
-        unsafe { onepass::stable_blocks(&block, &mut guards[..1], parities) };
-        Ok(1)
+        Ok(())
+    }
+}
+
+impl ParityBuf {
+    fn new(blocks: PoolBuf) -> ParityBuf {
+        let guards = vec![0; blocks.len() / BLOCK];
+        ParityBuf { blocks, guards }
+    }
+
+    /// What of it is made at a place: `len` bytes from `at` on, at an address.
+    fn part(&mut self, (at, to): (usize, *mut u8), len: usize) -> RowParity<'_> {
+        RowParity { to, guards: &mut self.guards[at / BLOCK..(at + len) / BLOCK] }
+    }
+
+    fn freeze(self) -> (Option<StableBuf>, Vec<u64>) {
+        (Some(self.blocks.freeze()), self.guards)
     }
 }

@@ -21,6 +21,13 @@ pub struct Segment {
     pub len: usize,
 }
 
+impl Segment {
+    /// The same range for a pass, which may follow its address.
+    pub(crate) fn range(self) -> stableio_onepass::Segment {
+        stableio_onepass::Segment { addr: self.addr as *const u8, len: self.len }
+    }
+}
+
 /// Bytes of a word: what a program stores, and a door loads, whole.
 pub(crate) const WORD: usize = 8;
 

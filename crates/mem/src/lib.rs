@@ -24,7 +24,7 @@ mod sg;
 mod stable;
 mod units;
 
-pub use doors::{Grant, Pass, PromisedBuf, Sums, Verdict};
+pub use doors::{Grant, Pass, PromisedBuf, Sums, Update, Verdict};
 pub use error::{Fault, PoolTooSmall};
 pub use foreign::{ForeignBuf, KeepAlive, Segment};
 pub use pool::{Pool, PoolBuf, Reservation};

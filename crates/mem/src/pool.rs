@@ -341,6 +341,20 @@ impl PoolBuf {
         })
     }
 
+    /// The bytes `at..at + len`, which must be contiguous.
+    ///
+    /// # Panics
+    ///
+    /// When they are not, or not all in the buffer. A block that begins at a
+    /// block boundary always is.
+    pub fn contiguous(&self, at: usize, len: usize) -> &[u8] {
+        let piece = clip(&self.inner.extents, at, self.inner.len.saturating_sub(at)).next();
+        let piece = piece.filter(|piece| len <= piece.len).expect("in one extent");
+        // SAFETY: as in `pieces_with_padding`; who borrows the buffer writes
+        // nothing.
+        unsafe { std::slice::from_raw_parts(piece.addr as *const u8, len) }
+    }
+
     /// Copies `bytes` to offset `at`.
     ///
     /// # Panics
@@ -381,11 +395,17 @@ impl PoolBuf {
         )
     }
 
-    /// The address of byte `at` and how many bytes follow it contiguously.
-    pub(crate) fn at(&mut self, at: usize) -> (*mut u8, usize) {
-        let piece =
-            clip(&self.inner.extents, at, self.inner.len - at).next().expect("inside the buffer");
-        (piece.addr as *mut u8, piece.len)
+    /// The address of byte `at`, from which on the buffer is contiguous for
+    /// `len` bytes: shortened to the end of the extent, if that is nearer.
+    ///
+    /// # Panics
+    ///
+    /// When `at` is behind the buffer's end.
+    pub(crate) fn place(&mut self, at: usize, len: &mut usize) -> *mut u8 {
+        let piece = clip(&self.inner.extents, at, self.inner.len - at).next();
+        let piece = piece.expect("inside the buffer");
+        *len = piece.len.min(*len);
+        piece.addr as *mut u8
     }
 
     /// No more writing: the buffer becomes stable, without a copy.

@@ -127,6 +127,20 @@ impl StableBuf {
         unsafe { std::slice::from_raw_parts(piece.addr as *const u8, piece.len) }
     }
 
+    /// The address of byte `at`, from which on the bytes are contiguous for
+    /// `len` bytes: shortened to the end of the extent, if that is nearer.
+    ///
+    /// # Panics
+    ///
+    /// When `at` is behind the slice's end.
+    pub(crate) fn place(&self, at: usize, len: &mut usize) -> *const u8 {
+        assert!(at < self.len, "byte {at} of {}", self.len);
+        let piece = clip(&self.inner.extents, self.from + at, self.len - at).next();
+        let piece = piece.expect("inside the slice");
+        *len = piece.len.min(*len);
+        piece.addr as *const u8
+    }
+
     /// Whether every piece begins and ends at a multiple of `align` bytes.
     pub fn is_aligned(&self, align: usize) -> bool {
         self.pieces().all(|p| (p.as_ptr() as usize | p.len()).is_multiple_of(align))

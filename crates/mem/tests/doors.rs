@@ -7,7 +7,7 @@ mod support;
 
 use std::sync::Arc;
 
-use mem::{BLOCK, Grant, Pass, Pool, PoolBuf, RowShape, StableBuf, doors};
+use mem::{BLOCK, Grant, Pass, Pool, PoolBuf, RowShape, StableBuf, Update, doors};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -180,9 +180,9 @@ proptest! {
     }
 
     #[test]
-    fn a_promise_is_taken_up_in_parity(
+    fn blocks_are_taken_up_in_parity(
         segments in any_segments(), from in 0..3 * BLOCK, before in 0..4_usize, behind in 0..4_usize,
-        coefficient: u8, seed: u64,
+        coefficient: u8, (together, is_delta, is_promised) in any::<(bool, bool, bool)>(), seed: u64,
     ) {
         let stage = Stage::new(seed);
         let payload = payload(&segments, &stage.contents);
@@ -196,19 +196,34 @@ proptest! {
         q.copy_from(0, &expected);
 
         let promised = doors::promise(stage.foreign.buf(&segments), Grant::only_own_data());
-        promised.xor_into(from, blocks, &mut parity, before * BLOCK).unwrap();
-        promised.mul_xor_into(from, blocks, coefficient, &mut q, before * BLOCK).unwrap();
+        // Where parity holds something of the column already, that goes out.
+        let old = noise(seed ^ 1, blocks * BLOCK);
+        let old = is_delta.then(|| (stage.stable(0, &old), old));
+        let stable = (!is_promised).then(|| stage.stable(0, &payload[from..from + blocks * BLOCK]));
+        let take_up = |p, q| {
+            let (old, at) = (old.as_ref().map(|(old, _)| old), before * BLOCK);
+            let update = Update { p, q, coefficient, at, old };
+            match &stable {
+                Some(stable) => update.take_up(stable),
+                None => promised.take_up(from, blocks, update).unwrap(),
+            }
+        };
+        if together {
+            take_up(Some(&mut parity), Some(&mut q));
+        } else {
+            take_up(Some(&mut parity), None);
+            take_up(None, Some(&mut q));
+        }
 
         let data = &payload[from..from + blocks * BLOCK];
-        for (sum, byte) in expected[before * BLOCK..].iter_mut().zip(data) {
-            *sum ^= byte;
-        }
-        for (sum, byte) in expected_q[before * BLOCK..].iter_mut().zip(data) {
-            *sum ^= naive_mul(coefficient, *byte);
+        let old = old.map_or(vec![0; data.len()], |(_, old)| old);
+        for (i, change) in data.iter().zip(old).map(|(byte, old)| byte ^ old).enumerate() {
+            expected[before * BLOCK + i] ^= change;
+            expected_q[before * BLOCK + i] ^= naive_mul(coefficient, change);
         }
         prop_assert!(parity.freeze().to_vec() == expected);
         prop_assert!(q.freeze().to_vec() == expected_q);
-        drop(promised);
+        drop((promised, stable));
         stage.assert_nothing_left();
     }
 

@@ -6,7 +6,10 @@
 
 use std::hint::black_box;
 
-use onepass::{BLOCK, Kernels, Parities, Parity, available_tiers, fault, gf, guard, tier};
+use onepass::{
+    BLOCK, Format, Kernels, Parities, Parity, Pass, Segment, available_tiers, fault, gf, guard,
+    tier,
+};
 use stableio_onepass as onepass;
 
 /// Bytes that each run processes.
@@ -38,7 +41,7 @@ fn tier_rows(name: &str, kernels: &Kernels) {
         // SAFETY: as above; one guard per block.
         unsafe {
             (kernels.copy_in)(b.src.as_ptr(), b.dst.as_mut_ptr(), b.src.len()).unwrap();
-            (kernels.stable_blocks)(&b.dst, &mut b.guards, Parities::NONE);
+            Pass::guards(Format::NATIVE).stable_with(kernels, &b.dst, &mut b.guards);
         }
     });
     row(&format!("{name}: fused"), |b| stabilize(kernels, b, 0, Parities::NONE));
@@ -67,23 +70,40 @@ fn tier_rows(name: &str, kernels: &Kernels) {
             let (p, q) = (mode(b.p.as_mut_ptr()), mode(b.q.as_mut_ptr()));
             let parities = Parities { p, q, coefficient: gf::exp(column) };
             // SAFETY: all of them have a chunk, and its guards.
-            unsafe { (kernels.stabilize_blocks)(src.as_ptr(), dst.as_mut_ptr(), guards, parities) }
-                .unwrap();
+            unsafe { copy(kernels, src.as_ptr(), dst.as_mut_ptr(), guards, parities) };
         }
     });
     row(&format!("{name}: fused, src odd"), |b| stabilize(kernels, b, 3, Parities::NONE));
     row(&format!("{name}: mul_xor_into"), |b| (kernels.mul_xor_into)(&mut b.q, &b.src, 142));
     row(&format!("{name}: sample"), |b| {
         // SAFETY: one guard per block.
-        unsafe { (kernels.sample_blocks)(b.src.as_ptr(), &mut b.guards, Parities::NONE) }.unwrap();
+        unsafe {
+            let all = [Segment { addr: b.src.as_ptr(), len: b.src.len() }];
+            Pass::guards(Format::NATIVE).foreign_with(kernels, &all, &mut b.guards).unwrap();
+        }
     });
 }
 
 fn stabilize(kernels: &Kernels, b: &mut Buffers, offset: usize, parities: Parities) {
     let src = b.src_with_slack.as_ptr().wrapping_add(offset);
     // SAFETY: all buffers have a block per guard, and `src_with_slack` one more.
-    unsafe { (kernels.stabilize_blocks)(src, b.dst.as_mut_ptr(), &mut b.guards, parities) }
-        .unwrap();
+    unsafe { copy(kernels, src, b.dst.as_mut_ptr(), &mut b.guards, parities) };
+}
+
+/// # Safety
+///
+/// That of [`Pass::foreign`], for a block for each guard.
+unsafe fn copy(
+    kernels: &Kernels,
+    src: *const u8,
+    dst: *mut u8,
+    guards: &mut [u64],
+    parities: Parities,
+) {
+    let all = [Segment { addr: src, len: guards.len() * BLOCK }];
+    let pass = Pass { parities, ..Pass::copy(Format::NATIVE, dst) };
+    // SAFETY: the caller's promises.
+    unsafe { pass.foreign_with(kernels, &all, guards) }.unwrap();
 }
 
 /// What the kernels work on.

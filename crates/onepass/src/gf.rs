@@ -58,6 +58,18 @@ pub fn scale(buf: &mut [u8], c: u8) {
     (Kernels::chosen().scale)(buf, c);
 }
 
+/// P and Q of stable columns, without guards.
+///
+/// # Panics
+///
+/// If the lengths differ, or if there are more columns than [`MAX_COLUMNS`].
+pub fn parities(columns: &[&[u8]], p: &mut [u8], q: &mut [u8]) {
+    assert!(columns.len() <= MAX_COLUMNS, "{} columns", columns.len());
+    let is_equal = |len: usize| len == p.len();
+    assert!(columns.iter().all(|c| is_equal(c.len())) && is_equal(q.len()), "unequal lengths");
+    (Kernels::chosen().parities)(columns, p, q);
+}
+
 /// Makes two missing data blocks from P and Q, of which all the other data has been taken out.
 ///
 /// `p_minus` becomes the data of column `x`, `q_minus` that of column `y`.

@@ -19,15 +19,20 @@
 //! all of them are ordinary loads, and the compiler may repeat an ordinary load instead of keeping
 //! its result in a register. Here they are volatile loads or inline assembly.
 //!
-//! | file          | what it hides                                                       |
-//! |---------------|---------------------------------------------------------------------|
-//! | `tier.rs`     | which instruction set does the work                                 |
-//! | `by_block.rs` | load a block, then compute on the copy; words across block edges    |
-//! | `portable.rs` | the loops in plain Rust, for every machine                          |
-//! | `avx512.rs`   | the fused loop: load, store, CRC, P and Q without leaving registers |
-//! | `guard.rs`    | the CRC: its algebra and its constants                              |
-//! | `gf.rs`       | the field that Q is computed in; blocks made from P and Q           |
-//! | `fault.rs`    | memory that vanishes: recovery from SIGBUS and SIGSEGV              |
+//! | file             | what it hides                                                         |
+//! |------------------|-----------------------------------------------------------------------|
+//! | `pass.rs`        | one column: copy, guards, parity, verification; what is fused, what not |
+//! | `row.rs`         | full rows: in which order columns are taken                           |
+//! | `reconstruct.rs` | members that are missing, made from the others                        |
+//! | `segments.rs`    | foreign memory in pieces; words across the edges of intervals         |
+//! | `guard.rs`       | the CRCs: their algebra and their constants                           |
+//! | `gf.rs`          | the field that Q is computed in; blocks made from P and Q             |
+//! | `tier.rs`        | which instruction set does the work                                   |
+//! | `pieces.rs`      | what a tier is made of                                                |
+//! | `fused.rs`       | the fused loop: load, store, CRC, P and Q without leaving registers   |
+//! | `avx512.rs`, `avx2.rs` | the vectors that it is compiled for                             |
+//! | `portable.rs`    | the loops in plain Rust, for every machine                            |
+//! | `fault.rs`       | memory that vanishes: recovery from SIGBUS and SIGSEGV                |
 
 #[cfg(not(all(
     target_os = "linux",
@@ -37,19 +42,37 @@
 compile_error!("stableio-onepass recovers from faults on Linux, x86_64 or aarch64, only");
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
-mod by_block;
 pub mod fault;
+#[cfg(target_arch = "x86_64")]
+mod fused;
 pub mod gf;
 mod guard;
 mod hint;
+mod pass;
+mod pieces;
 mod portable;
+mod reconstruct;
+mod row;
+mod segments;
 mod tier;
 
 use std::fmt;
 
-pub use guard::{guard, guard_of_xor, guard_of_zeros};
+pub use guard::{Format, Guard, Interval, guard, guard_of_xor, guard_of_zeros};
 pub use hint::prefetch;
+pub use pass::{Pass, verify, verify_foreign, verify_out};
+#[doc(hidden)]
+pub use pass::{verify_foreign_with, verify_out_with, verify_with};
+#[doc(hidden)]
+pub use reconstruct::reconstruct_with;
+pub use reconstruct::{Member, Mismatch, Missing, Survivor, reconstruct};
+#[doc(hidden)]
+pub use row::row_with;
+pub use row::{Column, RowParity, row};
+pub use segments::{Cursor, Segment};
 #[doc(hidden)]
 pub use tier::Kernels;
 pub use tier::{Tier, available_tiers, tier};
@@ -88,14 +111,14 @@ pub enum Parity {
 }
 
 impl Parity {
-    /// The parity of block `index` of the run.
-    pub(crate) fn block(self, index: usize) -> Parity {
+    /// The parity of what lies `bytes` further on.
+    pub(crate) fn at(self, bytes: usize) -> Parity {
         // Wrapping, so that this can be safe: whoever writes through the pointer knows that it
         // lies within the caller's parity.
         match self {
             Parity::None => Parity::None,
-            Parity::Set(p) => Parity::Set(p.wrapping_add(index * BLOCK)),
-            Parity::Xor(p) => Parity::Xor(p.wrapping_add(index * BLOCK)),
+            Parity::Set(p) => Parity::Set(p.wrapping_add(bytes)),
+            Parity::Xor(p) => Parity::Xor(p.wrapping_add(bytes)),
         }
     }
 }
@@ -125,81 +148,40 @@ impl Parities {
         Parities { p: Parity::None, q, coefficient }
     }
 
-    /// The parities of block `index` of the run.
-    pub(crate) fn block(self, index: usize) -> Parities {
-        Parities { p: self.p.block(index), q: self.q.block(index), ..self }
+    /// The parities of what lies `bytes` further on.
+    pub(crate) fn at(self, bytes: usize) -> Parities {
+        Parities { p: self.p.at(bytes), q: self.q.at(bytes), ..self }
     }
 }
 
-/// Copies `guards.len()` blocks of foreign memory to `dst`, and computes the guard of each and
-/// the parities on the way.
+/// Whole intervals that lie one after the other: the work of one call of a kernel.
 ///
-/// Everything is made from one load of each byte (ONCE-1): on return `guards[i]` is the guard of
-/// block `i` of `dst`, P has changed by exactly the bytes of `dst`, and Q by their multiples.
-///
-/// # Errors
-///
-/// [`Fault`] if `src` was not accessible. `dst`, `guards` and the parities are then initialised as
-/// far as they were before, but their contents are unspecified: a parity may have taken up a part
-/// of the data and must be thrown away.
-///
-/// # Safety
-///
-/// - `src` is the start of `guards.len() * BLOCK` bytes of address space, of any alignment, in
-///   which nothing but foreign memory lies. They may be inaccessible.
-/// - `dst` is valid for writes of as many bytes, of any alignment; so is the pointer of each
-///   parity, and for reads of initialised bytes too if it is [`Parity::Xor`].
-/// - `src`, `dst`, `guards`, P and Q do not overlap, and nobody else touches any but the first
-///   during the call.
-/// - This thread does not block SIGBUS and SIGSEGV.
-pub unsafe fn stabilize_blocks(
+/// The source has `intervals` intervals, `guards` as many guards; copy (if not null), `old` (if not
+/// null) and parities are as long as the source. What [`Pass::foreign`] asks for holds for them.
+#[derive(Clone, Copy)]
+pub(crate) struct Run {
+    format: Format,
     src: *const u8,
-    dst: *mut u8,
-    guards: &mut [u64],
+    copy: *mut u8,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no such stores there"))]
+    streams: bool,
+    old: *const u8,
     parities: Parities,
-) -> Result<(), Fault> {
-    // SAFETY: the caller's promises are those of the kernel.
-    unsafe { (Kernels::chosen().stabilize_blocks)(src, dst, guards, parities) }
+    guards: *mut u64,
+    intervals: usize,
 }
 
-/// Computes guards and parities of foreign memory where it lies, without copying it.
-///
-/// This is for memory that is promised to be stable, and for verifying in place: the guards
-/// belong to the bytes as they were loaded (once, ONCE-1), and say nothing about the bytes that
-/// are there afterwards.
-///
-/// # Errors
-///
-/// [`Fault`] if `src` was not accessible; `guards` and parities are then unspecified, as in
-/// [`stabilize_blocks`].
-///
-/// # Safety
-///
-/// As [`stabilize_blocks`], without `dst`.
-pub unsafe fn sample_blocks(
-    src: *const u8,
-    guards: &mut [u64],
-    parities: Parities,
-) -> Result<(), Fault> {
-    // SAFETY: the caller's promises are those of the kernel.
-    unsafe { (Kernels::chosen().sample_blocks)(src, guards, parities) }
-}
-
-/// Computes guards and parities of our own, stable memory.
-///
-/// # Panics
-///
-/// If `data.len() != guards.len() * BLOCK`.
-///
-/// # Safety
-///
-/// The pointer of each parity is valid for writes of `data.len()` bytes (and for reads of
-/// initialised bytes if it is [`Parity::Xor`]), overlaps neither `data` nor `guards` nor the other
-/// parity, and nobody else touches those bytes during the call.
-pub unsafe fn stable_blocks(data: &[u8], guards: &mut [u64], parities: Parities) {
-    assert_eq!(data.len(), guards.len() * BLOCK, "one guard per block");
-    // SAFETY: the lengths agree; the caller's promise about parity is the kernel's.
-    unsafe { (Kernels::chosen().stable_blocks)(data, guards, parities) }
+impl Run {
+    /// The addresses of what lies `bytes` further on, but for the guards.
+    fn at(&self, bytes: usize) -> Run {
+        Run {
+            src: self.src.wrapping_add(bytes),
+            copy: if self.copy.is_null() { self.copy } else { self.copy.wrapping_add(bytes) },
+            old: if self.old.is_null() { self.old } else { self.old.wrapping_add(bytes) },
+            parities: self.parities.at(bytes),
+            ..*self
+        }
+    }
 }
 
 /// Computes the guards of stable blocks that follow each other.
@@ -208,26 +190,9 @@ pub unsafe fn stable_blocks(data: &[u8], guards: &mut [u64], parities: Parities)
 ///
 /// If `data.len() != guards.len() * BLOCK`.
 pub fn guards_of(data: &[u8], guards: &mut [u64]) {
-    // SAFETY: there is no parity to write to.
-    unsafe { stable_blocks(data, guards, Parities::NONE) }
-}
-
-/// Adds a stable block times `coefficient` to a sum, and computes the block's guard on the way:
-/// 1 for a term of P, [`gf::exp`] for one of Q.
-///
-/// # Panics
-///
-/// If either has not the length of a block.
-pub fn add_block(sum: &mut [u8], block: &[u8], coefficient: u8) -> u64 {
-    assert_eq!(sum.len(), BLOCK, "one block");
-    let (to, mut guard) = (Parity::Xor(sum.as_mut_ptr()), [0]);
-    let parities = match coefficient {
-        1 => Parities::only_p(to),
-        _ => Parities::only_q(to, coefficient),
-    };
-    // SAFETY: `sum` is a block of initialised bytes that nobody else holds.
-    unsafe { stable_blocks(block, &mut guard, parities) };
-    guard[0]
+    assert_eq!(data.len(), guards.len() * BLOCK, "one guard per block");
+    // SAFETY: only guards are written.
+    unsafe { Pass::guards(Format::NATIVE).stable(data, guards) }
 }
 
 /// Copies `len` bytes of foreign memory to `dst`, each loaded once.

@@ -1,13 +1,14 @@
 //! The loops in plain Rust: volatile words, `crc-fast`, and an XOR that the compiler vectorises.
 
-use crate::by_block::{Pieces, WORD, to_word_boundary};
-use crate::guard::guard;
-use crate::{BLOCK, Parities, Parity, gf};
+use crate::pieces::{Pieces, WORD, to_word_boundary};
+use crate::{BLOCK, Parity, Run, gf};
 
 /// The pieces that run on every machine.
 pub(crate) struct Portable;
 
 impl Pieces for Portable {
+    const LOADS_ONCE: bool = false;
+
     unsafe fn load(src: *const u8, dst: *mut u8, len: usize) {
         let head = to_word_boundary(src, len);
         let tail = len - (len - head) % WORD;
@@ -66,29 +67,91 @@ impl Pieces for Portable {
         difference != 0
     }
 
-    unsafe fn stable(block: &[u8], parities: Parities) -> u64 {
-        let Parities { p, q, coefficient } = parities;
-        // SAFETY: both are valid for a block, initialised if they are to be read, and overlap
-        // neither it nor each other; nobody else touches them during the call.
-        unsafe {
-            match p {
-                Parity::None => {}
-                Parity::Set(p) => p.copy_from_nonoverlapping(block.as_ptr(), BLOCK),
-                Parity::Xor(p) => xor_into(std::slice::from_raw_parts_mut(p, BLOCK), block),
-            }
-            match q {
-                Parity::None => {}
-                Parity::Set(q) => {
-                    q.copy_from_nonoverlapping(block.as_ptr(), BLOCK);
-                    scale(std::slice::from_raw_parts_mut(q, BLOCK), coefficient);
-                }
-                Parity::Xor(q) => {
-                    let q = std::slice::from_raw_parts_mut(q, BLOCK);
-                    mul_xor_into(q, block, coefficient);
-                }
+    unsafe fn sum(run: &Run) {
+        let bytes = run.format.interval.bytes();
+        for index in 0..run.intervals {
+            // SAFETY: this interval of the caller's ranges, none of which is foreign: see
+            // `LOADS_ONCE`.
+            unsafe {
+                let guard = interval(&run.at(index * bytes), bytes);
+                run.guards.add(index).write(guard);
             }
         }
-        guard(block)
+    }
+
+    fn xor_into(dst: &mut [u8], src: &[u8]) {
+        xor_into(dst, src);
+    }
+
+    fn mul_xor_into(dst: &mut [u8], src: &[u8], c: u8) {
+        mul_xor_into(dst, src, c);
+    }
+
+    fn scale(buf: &mut [u8], c: u8) {
+        scale(buf, c);
+    }
+
+    fn parities(columns: &[&[u8]], p: &mut [u8], q: &mut [u8]) {
+        parities(columns, p, q);
+    }
+}
+
+/// One interval of a run over stable memory, or less; returns its guard.
+///
+/// # Safety
+///
+/// That of [`Pieces::sum`], for one interval of that many bytes.
+pub(crate) unsafe fn interval(run: &Run, len: usize) -> u64 {
+    // SAFETY: the caller's source, initialised and not changed by anybody.
+    let data = unsafe { std::slice::from_raw_parts(run.src, len) };
+    if !run.copy.is_null() {
+        // SAFETY: the copy has room for as many bytes, somewhere else.
+        unsafe { run.copy.copy_from_nonoverlapping(run.src, len) };
+    }
+    let mut room;
+    let change = if run.old.is_null() {
+        data
+    } else {
+        // SAFETY: as many initialised bytes.
+        let old = unsafe { std::slice::from_raw_parts(run.old, len) };
+        room = [0; BLOCK];
+        let change = &mut room[..len];
+        change.copy_from_slice(data);
+        xor_into(change, old);
+        change
+    };
+    // SAFETY: the parities have room for as many bytes, initialised if they are to be read, and
+    // overlap nothing else.
+    unsafe {
+        take_up(run.parities.p, change, None);
+        take_up(run.parities.q, change, Some(run.parities.coefficient));
+    }
+    run.format.guard.of(data)
+}
+
+/// Takes stable bytes up in a parity, times a factor if there is one.
+///
+/// # Safety
+///
+/// The parity is valid for as many bytes, initialised ones if they are to be read; they overlap
+/// nothing.
+unsafe fn take_up(parity: Parity, data: &[u8], factor: Option<u8>) {
+    let len = data.len();
+    // SAFETY: the caller's promise; `Set` makes the bytes initialised before they are a slice.
+    unsafe {
+        match (parity, factor) {
+            (Parity::None, _) => {}
+            (Parity::Set(to), factor) => {
+                to.copy_from_nonoverlapping(data.as_ptr(), len);
+                if let Some(factor) = factor {
+                    scale(std::slice::from_raw_parts_mut(to, len), factor);
+                }
+            }
+            (Parity::Xor(to), None) => xor_into(std::slice::from_raw_parts_mut(to, len), data),
+            (Parity::Xor(to), Some(factor)) => {
+                mul_xor_into(std::slice::from_raw_parts_mut(to, len), data, factor);
+            }
+        }
     }
 }
 
@@ -117,6 +180,28 @@ pub(crate) fn scale(buf: &mut [u8], c: u8) {
     let (groups, rest) = buf.as_chunks_mut::<GROUP>();
     groups.iter_mut().for_each(|group| *group = product(group, c));
     rest.iter_mut().for_each(|byte| *byte = gf::mul(*byte, c));
+}
+
+/// P and Q of columns of one length.
+fn parities(columns: &[&[u8]], p: &mut [u8], q: &mut [u8]) {
+    parities_from(0, columns, p, q);
+}
+
+/// P and Q of what lies from `start` on in each column.
+pub(crate) fn parities_from(start: usize, columns: &[&[u8]], p: &mut [u8], q: &mut [u8]) {
+    let len = p.len();
+    for at in (start..len).step_by(BLOCK) {
+        let here = at..len.min(at + BLOCK);
+        let (p, q) = (&mut p[here.clone()], &mut q[here.clone()]);
+        p.fill(0);
+        q.fill(0);
+        // Horner's rule: from the last column on, Q doubles.
+        for column in columns.iter().rev() {
+            scale(q, 2);
+            xor_into(q, &column[here.clone()]);
+            xor_into(p, &column[here.clone()]);
+        }
+    }
 }
 
 /// Bytes that are multiplied together: enough words for the compiler to make vectors of them.

@@ -2,51 +2,99 @@
 
 use std::sync::OnceLock;
 
+use crate::pieces::{self, Pieces};
+use crate::portable::Portable;
+use crate::{Fault, Run};
 #[cfg(target_arch = "x86_64")]
-use crate::avx512::{self, Avx512};
-use crate::portable::{self, Portable};
-use crate::{Fault, Parities, by_block};
+use crate::{
+    avx2::{self, Avx2},
+    avx512::{self, Avx512},
+};
 
 /// An implementation of the kernels. All of them compute the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tier {
     /// Plain Rust and the `crc-fast` crate: every machine.
     Portable,
-    /// One fused loop over 512-bit registers: AVX-512 (F, BW, VL) with VPCLMULQDQ, and with GFNI
-    /// where there is one.
+    /// One fused loop over 256-bit registers: AVX2 with PCLMULQDQ.
+    Avx2,
+    /// The same, with VPCLMULQDQ.
+    Avx2Vpclmul,
+    /// One fused loop over 512-bit registers: AVX-512 (F, BW, VL) with VPCLMULQDQ.
     Avx512,
+    /// The same, with GFNI.
+    Avx512Gfni,
 }
 
-/// The tier that the kernels of this process use.
+impl Tier {
+    const ALL: [Tier; 5] =
+        [Tier::Portable, Tier::Avx2, Tier::Avx2Vpclmul, Tier::Avx512, Tier::Avx512Gfni];
+
+    /// What the environment calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Tier::Portable => "portable",
+            Tier::Avx2 => "avx2-pclmul",
+            Tier::Avx2Vpclmul => "avx2-vpclmul",
+            Tier::Avx512 => "avx512-shuffle",
+            Tier::Avx512Gfni => "avx512-gfni",
+        }
+    }
+}
+
+/// The tier that the kernels of this process use. It never changes after it is first asked for.
 ///
-/// The best one that the machine has, or [`Tier::Portable`] if the environment says
-/// `STABLEIO_SIMD=portable` when this is first asked. It never changes afterwards.
+/// The best one that the machine has, or what the environment asks for: `STABLEIO_ONEPASS` is the
+/// [name](Tier::name) of a tier, or what that begins with (`avx2`, `avx512`) for the best of several.
+///
+/// # Panics
+///
+/// If the environment asks for what this machine cannot run: nobody is to measure another tier
+/// than the one that was asked for.
 pub fn tier() -> Tier {
     static CHOSEN: OnceLock<Tier> = OnceLock::new();
-    *CHOSEN.get_or_init(|| match std::env::var("STABLEIO_SIMD").as_deref() {
-        Ok("portable") => Tier::Portable,
-        _ => *available_tiers().last().expect("Portable is always there"),
+    *CHOSEN.get_or_init(|| {
+        let asked = std::env::var("STABLEIO_ONEPASS").unwrap_or_default();
+        let fits = |tier: &&Tier| {
+            tier.name().split_once('-').is_some_and(|(kind, _)| kind == asked)
+                || asked.is_empty()
+                || tier.name() == asked
+        };
+        let best = available_tiers().iter().rfind(fits);
+        *best.unwrap_or_else(|| panic!("STABLEIO_ONEPASS={asked}: this machine has no such tier"))
     })
 }
 
 /// The tiers that this machine can run, slowest first.
 pub fn available_tiers() -> &'static [Tier] {
-    #[cfg(target_arch = "x86_64")]
-    if avx512::is_available() {
-        return &[Tier::Portable, Tier::Avx512];
-    }
-    &[Tier::Portable]
+    static AVAILABLE: OnceLock<Vec<Tier>> = OnceLock::new();
+    AVAILABLE.get_or_init(|| Tier::ALL.into_iter().filter(|tier| is_available(*tier)).collect())
 }
 
-/// The kernels of one tier, with the contracts of the functions of the same names in the crate's
-/// root and in [`crate::gf`]; for tests and benches, which compare tiers within one process.
+#[cfg(target_arch = "x86_64")]
+fn is_available(tier: Tier) -> bool {
+    match tier {
+        Tier::Portable => true,
+        Tier::Avx2 => avx2::is_available::<false>(),
+        Tier::Avx2Vpclmul => avx2::is_available::<true>(),
+        Tier::Avx512 => avx512::is_available::<false>(),
+        Tier::Avx512Gfni => avx512::is_available::<true>(),
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_available(tier: Tier) -> bool {
+    tier == Tier::Portable
+}
+
+/// The kernels of one tier. The functions of the crate's root are methods here, with the same
+/// contracts: for tests and benches, which compare tiers within one process.
 #[doc(hidden)]
-#[allow(missing_docs, clippy::type_complexity)]
+#[allow(missing_docs)]
 pub struct Kernels {
-    pub stabilize_blocks: unsafe fn(*const u8, *mut u8, &mut [u64], Parities) -> Result<(), Fault>,
-    pub sample_blocks: unsafe fn(*const u8, &mut [u64], Parities) -> Result<(), Fault>,
-    /// Does not check the lengths: `data.len() == guards.len() * BLOCK` is the caller's duty.
-    pub stable_blocks: unsafe fn(&[u8], &mut [u64], Parities),
+    /// [`Pieces::LOADS_ONCE`].
+    pub(crate) loads_once: bool,
+    pub(crate) sum: unsafe fn(&Run),
     pub copy_in: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub copy_out: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub zero_out: unsafe fn(*mut u8, usize) -> Result<(), Fault>,
@@ -56,6 +104,8 @@ pub struct Kernels {
     /// Adds the products of as many bytes as the shorter of the two slices has.
     pub mul_xor_into: fn(&mut [u8], &[u8], u8),
     pub scale: fn(&mut [u8], u8),
+    /// All have the length of P.
+    pub parities: fn(&[&[u8]], &mut [u8], &mut [u8]),
 }
 
 impl Kernels {
@@ -66,42 +116,40 @@ impl Kernels {
 
     /// The kernels of `tier`, or `None` if this machine cannot run them.
     pub fn of(tier: Tier) -> Option<&'static Kernels> {
-        available_tiers().contains(&tier).then(|| Kernels::table(tier))
+        is_available(tier).then(|| Kernels::table(tier))
     }
 
     /// The table of a tier that is known to be available.
+    #[cfg(target_arch = "x86_64")]
     fn table(tier: Tier) -> &'static Kernels {
         match tier {
-            #[cfg(target_arch = "x86_64")]
-            Tier::Avx512 => &AVX512,
-            _ => &PORTABLE,
+            Tier::Portable => &PORTABLE,
+            Tier::Avx2 => const { &Kernels::made_of::<Avx2<false>>() },
+            Tier::Avx2Vpclmul => const { &Kernels::made_of::<Avx2<true>>() },
+            Tier::Avx512 => const { &Kernels::made_of::<Avx512<false>>() },
+            Tier::Avx512Gfni => const { &Kernels::made_of::<Avx512<true>>() },
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn table(_: Tier) -> &'static Kernels {
+        &PORTABLE
+    }
+
+    const fn made_of<P: Pieces>() -> Kernels {
+        Kernels {
+            loads_once: P::LOADS_ONCE,
+            sum: P::sum,
+            copy_in: pieces::copy_in::<P>,
+            copy_out: pieces::copy_out::<P>,
+            zero_out: pieces::zero_out::<P>,
+            differ: pieces::differ::<P>,
+            xor_into: P::xor_into,
+            mul_xor_into: P::mul_xor_into,
+            scale: P::scale,
+            parities: P::parities,
         }
     }
 }
 
-static PORTABLE: Kernels = Kernels {
-    stabilize_blocks: by_block::stabilize::<Portable>,
-    sample_blocks: by_block::sample::<Portable>,
-    stable_blocks: by_block::stable::<Portable>,
-    copy_in: by_block::copy_in::<Portable>,
-    copy_out: by_block::copy_out::<Portable>,
-    zero_out: by_block::zero_out::<Portable>,
-    differ: by_block::differ::<Portable>,
-    xor_into: portable::xor_into,
-    mul_xor_into: portable::mul_xor_into,
-    scale: portable::scale,
-};
-
-#[cfg(target_arch = "x86_64")]
-static AVX512: Kernels = Kernels {
-    stabilize_blocks: avx512::stabilize,
-    sample_blocks: avx512::sample,
-    stable_blocks: avx512::stable,
-    copy_in: by_block::copy_in::<Avx512>,
-    copy_out: by_block::copy_out::<Avx512>,
-    zero_out: by_block::zero_out::<Avx512>,
-    differ: by_block::differ::<Avx512>,
-    xor_into: avx512::xor_into,
-    mul_xor_into: avx512::mul_xor_into,
-    scale: avx512::scale,
-};
+static PORTABLE: Kernels = Kernels::made_of::<Portable>();

@@ -1,14 +1,17 @@
 //! Foreign memory that vanishes ends a call, not the process; everything else that used to kill
 //! the process still does.
 
+mod support;
+
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::ptr;
 
-use onepass::{BLOCK, Fault, Kernels, Parities, Parity, available_tiers, fault};
+use onepass::{BLOCK, Fault, Kernels, Parities, Parity, available_tiers, fault, tier};
 use stableio_onepass as onepass;
+use support::{sample, stabilize};
 
 const PAGE: usize = 4096;
 
@@ -101,9 +104,9 @@ fn every_kernel_reports_the_gap_and_lives() {
                 let ours = buffer.as_mut_ptr();
                 // SAFETY: buffer, P and Q are as long as the mapping, which nobody else uses.
                 unsafe {
-                    let done = (kernels.stabilize_blocks)(src, ours, &mut guards, parities);
+                    let done = stabilize(kernels, src, ours, &mut guards, parities);
                     assert_eq!(done, mapping.gap());
-                    let done = (kernels.sample_blocks)(src, &mut guards, parities);
+                    let done = sample(kernels, src, &mut guards, parities);
                     assert_eq!(done, mapping.gap());
                 }
             }
@@ -130,8 +133,9 @@ fn unmapped_memory_is_a_fault_too() {
     let denied = unsafe { libc::mprotect(start.cast(), mapping.len, libc::PROT_NONE) };
     assert_eq!(denied, 0);
     let mut guards = [0; 2];
+    let kernels = Kernels::of(tier()).expect("available");
     // SAFETY: no parity; the range is nobody's but ours, and inaccessible.
-    let done = unsafe { onepass::sample_blocks(start, &mut guards, Parities::NONE) };
+    let done = unsafe { sample(kernels, start, &mut guards, Parities::NONE) };
     assert_eq!(done, Err(Fault { addr: start.addr() }));
 }
 
@@ -151,15 +155,11 @@ fn ten_thousand_faults_on_each_of_two_threads() {
     let fault_often = || {
         let mapping = Mapping::half_gone(2 * PAGE);
         let mut copy = vec![0; mapping.len];
+        let kernels = Kernels::of(tier()).expect("available");
         for _ in 0..10_000 {
             // SAFETY: both are one length, and nobody else has them.
             let done = unsafe {
-                onepass::stabilize_blocks(
-                    mapping.start,
-                    copy.as_mut_ptr(),
-                    &mut [0; 2],
-                    Parities::NONE,
-                )
+                stabilize(kernels, mapping.start, copy.as_mut_ptr(), &mut [0; 2], Parities::NONE)
             };
             assert_eq!(done, mapping.gap());
         }

@@ -1,8 +1,13 @@
 //! Every tier computes what the bytewise definitions say, whatever the alignment and length.
 
-use onepass::{BLOCK, Kernels, Parities, Parity, Tier, available_tiers, guard, guard_of_xor};
+mod support;
+
+use onepass::{
+    BLOCK, Format, Kernels, Parities, Parity, Pass, Tier, available_tiers, guard, guard_of_xor,
+};
 use proptest::prelude::*;
 use stableio_onepass as onepass;
+use support::{sample, stabilize};
 
 /// The CRC as the specification defines it: bit by bit.
 fn naive_guard(bytes: &[u8]) -> u64 {
@@ -168,12 +173,13 @@ proptest! {
             let mut guards = vec![0; blocks];
             // SAFETY: `dst`, P and Q are as long as the source, and nobody else has any of them.
             unsafe {
-                (kernels.stabilize_blocks)(
+                stabilize(
+                    kernels,
                     src.content().as_ptr(), dst.content().as_mut_ptr(), &mut guards,
                     parities.parities(),
                 )
             }.expect("memory is there");
-            assert_eq!(guards, expected, "stabilize_blocks of {tier:?}");
+            assert_eq!(guards, expected, "stabilize of {tier:?}");
             dst.check(&data);
             parities.check(&before, &data);
 
@@ -181,16 +187,19 @@ proptest! {
             let mut guards = vec![0; blocks];
             let src_start = src.content().as_ptr();
             // SAFETY: as above.
-            unsafe { (kernels.sample_blocks)(src_start, &mut guards, parities.parities()) }
+            unsafe { sample(kernels, src_start, &mut guards, parities.parities()) }
                 .expect("memory is there");
-            assert_eq!(guards, expected, "sample_blocks of {tier:?}");
+            assert_eq!(guards, expected, "sample of {tier:?}");
             parities.check(&before, &data);
 
             let mut parities = before.clone();
             let mut guards = vec![0; blocks];
             // SAFETY: as above.
-            unsafe { (kernels.stable_blocks)(src.content(), &mut guards, parities.parities()) };
-            assert_eq!(guards, expected, "stable_blocks of {tier:?}");
+            unsafe {
+                let pass = Pass { parities: parities.parities(), ..Pass::guards(Format::NATIVE) };
+                pass.stable_with(kernels, src.content(), &mut guards);
+            }
+            assert_eq!(guards, expected, "stable of {tier:?}");
             parities.check(&before, &data);
         });
         src.check(&data);
@@ -228,10 +237,11 @@ proptest! {
                     // SAFETY: as above.
                     unsafe {
                         match kernel {
-                            0 => (kernels.stabilize_blocks)(start, dst, guards, parities),
-                            1 => (kernels.sample_blocks)(start, guards, parities),
+                            0 => stabilize(kernels, start, dst, guards, parities),
+                            1 => sample(kernels, start, guards, parities),
                             _ => {
-                                (kernels.stable_blocks)(src.content(), guards, parities);
+                                let pass = Pass { parities, ..Pass::guards(Format::NATIVE) };
+                                pass.stable_with(kernels, src.content(), guards);
                                 Ok(())
                             }
                         }
@@ -335,9 +345,6 @@ fn lengths_that_differ_are_refused() {
     let short = std::panic::catch_unwind(|| onepass::gf::mul_xor_into(&mut [0; 8], &[0; 9], 1));
     assert!(short.is_err());
     let data = [0; BLOCK + 1];
-    // SAFETY: no parity.
-    let odd = std::panic::catch_unwind(|| unsafe {
-        onepass::stable_blocks(&data, &mut [0], Parities::NONE);
-    });
+    let odd = std::panic::catch_unwind(|| onepass::guards_of(&data, &mut [0]));
     assert!(odd.is_err());
 }

@@ -1,8 +1,8 @@
-//! The environment can ask for the portable tier; otherwise the best one is used.
+//! The environment can ask for a tier by name; otherwise the best one is used.
 
 use std::process::Command;
 
-use stableio_onepass::{Tier, available_tiers, tier};
+use stableio_onepass::{available_tiers, tier};
 
 #[test]
 fn the_environment_chooses() {
@@ -12,13 +12,24 @@ fn the_environment_chooses() {
         return;
     }
     let best = *available_tiers().last().expect("Portable is always there");
-    for (asked, expected) in [("portable", Tier::Portable), ("", best)] {
-        // The choice is made once per process, so each takes a process of its own.
-        let status = Command::new(std::env::current_exe().expect("this test"))
-            .env("STABLEIO_SIMD", asked)
-            .env(EXPECTED, format!("{expected:?}"))
-            .status()
-            .expect("this test can be started");
-        assert!(status.success(), "STABLEIO_SIMD={asked:?} does not give {expected:?}");
+    let mut asked: Vec<_> = available_tiers().iter().map(|tier| (tier.name(), *tier)).collect();
+    asked.push(("", best));
+    for kind in ["avx2", "avx512"] {
+        let best = available_tiers().iter().rfind(|tier| tier.name().starts_with(kind));
+        asked.extend(best.map(|tier| (kind, *tier)));
     }
+    let runs = |asked: &str, expected: &str| {
+        // The choice is made once per process, so each takes a process of its own.
+        Command::new(std::env::current_exe().expect("this test"))
+            .env("STABLEIO_ONEPASS", asked)
+            .env(EXPECTED, expected)
+            .output()
+            .expect("this test can be started")
+            .status
+            .success()
+    };
+    for (asked, expected) in asked {
+        assert!(runs(asked, &format!("{expected:?}")), "{asked:?} does not give {expected:?}");
+    }
+    assert!(!runs("avx3", &format!("{best:?}")), "what does not exist is refused");
 }

@@ -180,6 +180,7 @@ pub(crate) fn assert_sums(sums: &Sums, payload: &[u8], at: u64, pass: Pass) {
     if !pass.guards {
         assert!(sums.guards.is_empty() && sums.spans.is_empty());
         assert!(sums.parity.is_none() && sums.q.is_none());
+        assert!(sums.parity_guards.is_empty() && sums.q_guards.is_empty());
         return;
     }
     let blocks = whole_blocks(payload, at);
@@ -196,8 +197,16 @@ pub(crate) fn assert_sums(sums: &Sums, payload: &[u8], at: u64, pass: Pass) {
     } else {
         assert!(sums.q.is_none(), "Q that nobody asked for");
     }
+    assert_eq!(sums.parity_guards.as_slice(), guards_of(&sums.parity), "a guard of every P");
+    assert_eq!(sums.q_guards.as_slice(), guards_of(&sums.q), "a guard of every Q");
     let bytes = |parity: &Option<StableBuf>| parity.as_ref().map_or(0, |parity| parity.len());
     assert_eq!(bytes(&sums.parity) + bytes(&sums.q), pass.parity_bytes(at, payload.len()));
+}
+
+/// The guards of a parity's blocks.
+fn guards_of(parity: &Option<StableBuf>) -> Vec<u64> {
+    let bytes = parity.as_ref().map_or(Vec::new(), |parity| parity.to_vec());
+    bytes.chunks(BLOCK).map(onepass::guard).collect()
 }
 
 /// The whole blocks of a payload that goes to `at`, with their numbers.
