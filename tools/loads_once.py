@@ -14,6 +14,8 @@ an address in a register: `vmovdqu64 (%rbx),%zmm1`. The code is right if
   loop), or for a multiple of steps where the loop is unrolled, and no other
   vector loads but constants and spilled registers; with parity, also what is
   XORed: three terms (old, P, Q) for each vector that is loaded;
+- so has a kernel across columns, for each of the columns; there, two terms (P,
+  Q) for each place;
 - it calls nothing;
 - without parity it stores as many vectors as it loads, or none;
 - a plain copy has as many stores as loads.
@@ -27,7 +29,9 @@ import subprocess
 import sys
 
 LANES = 4
+ABREAST = 2
 KERNEL = re.compile(r"<<stableio_onepass::(avx\w+)::.* as .*Vectors>::pass::<.*, (\d), (true|false)>>:$")
+ACROSS = re.compile(r"<<stableio_onepass::(avx\w+)::.* as .*Vectors>::across::<.*>>:$")
 COPY = re.compile(r"<stableio_onepass::avx(512::load_all|2::load_vectors)>:$")
 VECTOR = re.compile(r"%[yz]mm\d")
 
@@ -68,23 +72,27 @@ def accesses(body):
     return plain, other, stores
 
 
-def faults_of_kernel(body, store, parity):
-    plain, other, stores = accesses(body)
-    if not plain or len(plain) % (2 * LANES):
+def faults_of_loop(body, loads, terms_of_step):
+    """What is wrong with a loop whose steps have so many foreign loads, and add so many terms."""
+    plain, other, _ = accesses(body)
+    if not plain or len(plain) % (2 * loads):
         yield f"{len(plain)} foreign loads"
     terms = [i for i in other if i.startswith("vpxor")]
     tables = [i for i in other if i.startswith("vbroadcast")]
-    if len(terms) + len(tables) != len(other):
+    if len(terms) + len(tables) != len(other) or (tables and not terms_of_step):
         yield f"other loads: {other}"
-    if parity and len(terms) != 3 * len(plain):
+    if len(terms) * loads != terms_of_step * len(plain):
         yield f"{len(terms)} terms for {len(plain)} vectors"
-    if not parity and other:
-        yield f"other loads: {other}"
-    if not parity and len(stores) != (len(plain) if store else 0):
-        yield f"{len(stores)} stores for {len(plain)} loads"
     calls = [i for i in body if i.startswith("call")]
     if calls:
         yield f"calls: {calls}"
+
+
+def faults_of_kernel(body, store, parity):
+    yield from faults_of_loop(body, LANES, 3 * LANES if parity else 0)
+    plain, _, stores = accesses(body)
+    if not parity and len(stores) != (len(plain) if store else 0):
+        yield f"{len(stores)} stores for {len(plain)} loads"
 
 
 def faults_of_copy(body):
@@ -101,11 +109,13 @@ def with_second_load(body):
 
 def main():
     text = open(sys.argv[1]).read() if len(sys.argv) > 1 else disassemble()
-    kernels, copies, wrong = 0, 0, 0
+    kernels, across, copies, wrong = 0, 0, 0, 0
     for head, body in functions(text):
         if found := KERNEL.search(head):
             check = lambda body: list(faults_of_kernel(body, found[2] != "0", found[3] == "true"))
             kernels += 1
+        elif ACROSS.search(head):
+            check, across = lambda body: list(faults_of_loop(body, ABREAST, 2)), across + 1
         elif COPY.search(head):
             check, copies = lambda body: list(faults_of_copy(body)), copies + 1
         else:
@@ -115,9 +125,9 @@ def main():
             print(f"{head}\n  {fault}")
         if not wrong:
             assert check(with_second_load(body)), f"{head}: a second load is not noticed"
-    if not kernels or not copies:
+    if not kernels or not across or not copies:
         sys.exit("no kernels found: are the names as they were?")
-    print(f"{kernels} fused kernels and {copies} copies: {wrong} faults")
+    print(f"{kernels} fused kernels, {across} across columns, {copies} copies: {wrong} faults")
     sys.exit(wrong > 0)
 
 

@@ -6,11 +6,11 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use crate::Run;
 use crate::fused::{self, Crc, Vectors};
 use crate::gf::tables;
 use crate::pieces::{Pieces, to_word_boundary};
 use crate::portable::{self, Portable};
+use crate::{Across, Run, across};
 
 /// Whether this machine can run `Avx2<WIDE>`.
 pub(crate) fn is_available<const WIDE: bool>() -> bool {
@@ -38,6 +38,12 @@ impl<const WIDE: bool> Vectors for Avx2<WIDE> {
     unsafe fn pass<K: Crc, const STORE: u8, const PARITY: bool>(run: &Run) {
         // SAFETY: the caller's promises.
         unsafe { fused::pass::<Self, K, LANES, STORE, PARITY>(run) }
+    }
+
+    #[target_feature(enable = "avx2,pclmulqdq")]
+    unsafe fn across<K: Crc>(run: &Across) {
+        // SAFETY: the caller's promises.
+        unsafe { across::pass::<Self, K>(run) }
     }
 
     #[target_feature(enable = "avx2")]
@@ -125,6 +131,12 @@ impl<const WIDE: bool> Vectors for Avx2<WIDE> {
         _mm256_xor_si256(_mm256_xor_si256(low, high), next)
     }
 
+    const FOLDS_BYTES: bool = false;
+
+    unsafe fn fold_bytes(_: __m256i, _: __m256i, _: __m256i, _: __m256i) -> __m256i {
+        unreachable!("not among the instructions of this tier")
+    }
+
     #[inline]
     #[target_feature(enable = "avx2,pclmulqdq")]
     unsafe fn join(sum: __m256i, [[low, high], ..]: [[i64; 2]; 3]) -> __m128i {
@@ -147,6 +159,7 @@ impl<const WIDE: bool> Vectors for Avx2<WIDE> {
 
 impl<const WIDE: bool> Pieces for Avx2<WIDE> {
     const LOADS_ONCE: bool = true;
+    const ACROSS: Option<unsafe fn(&Across)> = Some(across::sum::<Self>);
 
     unsafe fn load(src: *const u8, dst: *mut u8, len: usize) {
         let (head, tail) = ends(src, len);

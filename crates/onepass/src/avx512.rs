@@ -15,7 +15,7 @@ use std::arch::x86_64::*;
 use crate::fused::{self, Crc, Vectors};
 use crate::gf::tables;
 use crate::pieces::{Pieces, to_word_boundary};
-use crate::{Run, portable};
+use crate::{Across, Run, across, portable};
 
 /// Whether this machine can run `Avx512<GFNI>`.
 pub(crate) fn is_available<const GFNI: bool>() -> bool {
@@ -34,6 +34,9 @@ pub(crate) struct Avx512<const GFNI: bool>;
 /// Bytes of a register.
 const VECTOR: usize = 64;
 
+/// The truth table of a XOR of three.
+const XOR3: i32 = 0x96;
+
 /// Registers that are folded independently of each other.
 const LANES: usize = 4;
 
@@ -46,6 +49,12 @@ impl<const GFNI: bool> Vectors for Avx512<GFNI> {
     unsafe fn pass<K: Crc, const STORE: u8, const PARITY: bool>(run: &Run) {
         // SAFETY: the caller's promises.
         unsafe { fused::pass::<Self, K, LANES, STORE, PARITY>(run) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,pclmulqdq,vpclmulqdq")]
+    unsafe fn across<K: Crc>(run: &Across) {
+        // SAFETY: the caller's promises.
+        unsafe { across::pass::<Self, K>(run) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw")]
@@ -110,10 +119,26 @@ impl<const GFNI: bool> Vectors for Avx512<GFNI> {
     #[inline]
     #[target_feature(enable = "avx512f,vpclmulqdq")]
     unsafe fn fold(sum: __m512i, by: __m512i, next: __m512i) -> __m512i {
-        const XOR3: i32 = 0x96;
         let low = _mm512_clmulepi64_epi128::<0x00>(sum, by);
         let high = _mm512_clmulepi64_epi128::<0x11>(sum, by);
         _mm512_ternarylogic_epi64::<XOR3>(low, high, next)
+    }
+
+    const FOLDS_BYTES: bool = GFNI;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn fold_bytes(
+        sum: __m512i,
+        straight: __m512i,
+        crossed: __m512i,
+        next: __m512i,
+    ) -> __m512i {
+        const OTHER_HALF: i32 = 0b01_00_11_10;
+        let other = _mm512_shuffle_epi32::<OTHER_HALF>(sum);
+        // SAFETY: folding by bytes is for machines with GFNI.
+        let (straight, crossed) = unsafe { (affine(sum, straight), affine(other, crossed)) };
+        _mm512_ternarylogic_epi64::<XOR3>(straight, crossed, next)
     }
 
     #[inline]
@@ -145,6 +170,7 @@ impl<const GFNI: bool> Vectors for Avx512<GFNI> {
 
 impl<const GFNI: bool> Pieces for Avx512<GFNI> {
     const LOADS_ONCE: bool = true;
+    const ACROSS: Option<unsafe fn(&Across)> = Some(across::sum::<Self>);
 
     unsafe fn load(src: *const u8, dst: *mut u8, len: usize) {
         // SAFETY: the machine has AVX-512; the caller's promises.
@@ -281,19 +307,8 @@ impl<const GFNI: bool> Factor<GFNI> {
     #[target_feature(enable = "avx512f,avx512bw")]
     fn times(self, data: __m512i) -> __m512i {
         if GFNI {
-            let product;
-            // SAFETY: computes with registers only; the machine has GFNI. In assembly, so that it
-            // can stand in the loops that are compiled for machines without.
-            unsafe {
-                asm!(
-                    "vgf2p8affineqb {product}, {data}, {matrix}, 0",
-                    product = lateout(zmm_reg) product,
-                    data = in(zmm_reg) data,
-                    matrix = in(zmm_reg) self.matrix,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            return product;
+            // SAFETY: the machine has GFNI.
+            return unsafe { affine(data, self.matrix) };
         }
         let half = _mm512_set1_epi8(0x0f);
         let low = _mm512_and_si512(data, half);
@@ -301,6 +316,29 @@ impl<const GFNI: bool> Factor<GFNI> {
         let [of_low, of_high] = self.nibbles;
         _mm512_xor_si512(_mm512_shuffle_epi8(of_low, low), _mm512_shuffle_epi8(of_high, high))
     }
+}
+
+/// Multiplies each byte by the bit matrix in its 64 bits of `matrix`. In assembly, so that it can
+/// stand in the loops that are compiled for machines without GFNI.
+///
+/// # Safety
+///
+/// The machine has GFNI.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn affine(data: __m512i, matrix: __m512i) -> __m512i {
+    let product;
+    // SAFETY: computes with registers only.
+    unsafe {
+        asm!(
+            "vgf2p8affineqb {product}, {data}, {matrix}, 0",
+            product = lateout(zmm_reg) product,
+            data = in(zmm_reg) data,
+            matrix = in(zmm_reg) matrix,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    product
 }
 
 /// Loads a vector of foreign bytes, once.

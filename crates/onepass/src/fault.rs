@@ -29,7 +29,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering, compiler_fence};
 use std::sync::{Once, OnceLock};
 
-use crate::Fault;
+use crate::{Fault, Segment};
 pub use regions::{CAPACITY, Region, register};
 use trampoline::Record;
 
@@ -69,16 +69,34 @@ pub fn install() {
 pub unsafe fn guarded<F: FnMut() + Copy>(
     start: *const u8,
     len: usize,
+    body: F,
+) -> Result<(), Fault> {
+    // SAFETY: the caller's promises.
+    unsafe { guarded_in(&[Segment { addr: start, len }], body) }
+}
+
+/// [`guarded`] with several foreign ranges.
+///
+/// # Errors
+///
+/// As there.
+///
+/// # Safety
+///
+/// As there, for all of the ranges.
+#[inline]
+pub(crate) unsafe fn guarded_in<F: FnMut() + Copy>(
+    ranges: &[Segment],
     mut body: F,
 ) -> Result<(), Fault> {
     /// Calls the closure at `body`.
     unsafe extern "C" fn call<F: FnMut()>(body: *mut c_void) {
-        // SAFETY: `body` is the closure of the `guarded` that passes this function.
+        // SAFETY: `body` is the closure of the `guarded_in` that passes this function.
         unsafe { (*body.cast::<F>())() }
     }
 
     install();
-    let mut record = Record::of(start.addr(), len);
+    let mut record = Record::of(ranges);
     let record = &raw mut record;
     ARMED.with(|armed| {
         let outer = armed.load(Ordering::Relaxed);
@@ -162,10 +180,11 @@ unsafe fn abandon(addr: usize, context: *mut libc::ucontext_t) -> bool {
     // SAFETY: `guarded` removes its record from ARMED before it returns, so the record is alive;
     // its code does not run now, because this handler interrupted it.
     let record = unsafe { &mut *record };
-    if !record.covers(addr, PAGE.load(Ordering::Relaxed)) {
+    // SAFETY: the ranges outlive that call, too.
+    let Some(fault) = (unsafe { record.covers(addr, PAGE.load(Ordering::Relaxed)) }) else {
         return false;
-    }
-    record.fault = addr.clamp(record.start, record.end - 1);
+    };
+    record.fault = fault;
     // SAFETY: `covers` has seen that `enter` is on the stack, with its registers saved there.
     unsafe { trampoline::resume(record, context) };
     true

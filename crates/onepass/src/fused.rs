@@ -13,18 +13,19 @@
 //! functions without the features: here are loops instead.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use crate::guard::{Algorithm, CRC16_T10_DIF, CRC32C, CRC64_NVME};
-use crate::{Guard, Parities, Parity, Run};
+use crate::{Across, Guard, Parities, Parity, Run};
 
 /// A CRC as a type, to compile the loop for.
 pub(crate) trait Crc {
     const CRC: Algorithm;
 }
 
-struct Crc16T10Dif;
-struct Crc32c;
-struct Crc64Nvme;
+pub(crate) struct Crc16T10Dif;
+pub(crate) struct Crc32c;
+pub(crate) struct Crc64Nvme;
 
 impl Crc for Crc16T10Dif {
     const CRC: Algorithm = CRC16_T10_DIF;
@@ -54,6 +55,8 @@ pub(crate) trait Vectors {
 
     /// [`pass`], with the features of the instruction set enabled.
     unsafe fn pass<K: Crc, const STORE: u8, const PARITY: bool>(run: &Run);
+    /// [`across::pass`](crate::across::pass), with the features of the instruction set enabled.
+    unsafe fn across<K: Crc>(run: &Across);
     /// [`parities`], with the features of the instruction set enabled.
     unsafe fn parities(columns: &[&[u8]], p: *mut u8, q: *mut u8, len: usize);
 
@@ -72,6 +75,17 @@ pub(crate) trait Vectors {
     unsafe fn first(word: u64) -> Self::Vector;
     /// Moves each 128-bit register of `sum` up by the distance that `by` stands for; adds `next`.
     unsafe fn fold(sum: Self::Vector, by: Self::Vector, next: Self::Vector) -> Self::Vector;
+    /// Whether [`fold_bytes`](Self::fold_bytes) is there, and faster than [`fold`](Self::fold).
+    const FOLDS_BYTES: bool;
+    /// Multiplies the bytes of each half of 64 bits by the bit matrix in that half of `straight`,
+    /// and those of the other half by that of `crossed`; adds both, and `next`. Matrices are as
+    /// `gf2p8affineqb` takes them.
+    unsafe fn fold_bytes(
+        sum: Self::Vector,
+        straight: Self::Vector,
+        crossed: Self::Vector,
+        next: Self::Vector,
+    ) -> Self::Vector;
     /// Moves every 128-bit register onto the last one; `by[i]` is `fold_by(128 * (i + 1))`.
     unsafe fn join(sum: Self::Vector, by: [[i64; 2]; 3]) -> __m128i;
     unsafe fn factor(c: u8) -> Self::Factor;
@@ -185,18 +199,14 @@ unsafe fn interval<T: Vectors, K: Crc, const LANES: usize, const STORE: u8, cons
     const { assert!(512 % (LANES * T::BYTES) == 0, "an interval is a number of steps") };
     // SAFETY: at + step_bytes <= bytes; the rest is the caller's promise.
     unsafe {
-        let by_step = T::everywhere(const { K::CRC.fold_by((8 * LANES * T::BYTES) as u32) });
+        let by_step = Move::<T, K>::by(const { constants::<T, K>(LANES * T::BYTES) });
         let mut sums = step::<T, K, LANES, STORE, PARITY>(places, 0, factor);
-        if K::CRC.has_ones {
-            // To start from ones is to add them to the first bits.
-            const { assert!(K::CRC.is_reflected || !K::CRC.has_ones, "the first bits are low") };
-            sums[0] = T::xor(sums[0], T::first(K::CRC.ones()));
-        }
+        sums[0] = started::<T, K>(sums[0]);
         let mut at = step_bytes;
         while at < bytes {
             let next = step::<T, K, LANES, STORE, PARITY>(places, at, factor);
             for lane in 0..LANES {
-                sums[lane] = T::fold(sums[lane], by_step, next[lane]);
+                sums[lane] = by_step.onto(sums[lane], next[lane]);
             }
             at += step_bytes;
         }
@@ -235,13 +245,36 @@ unsafe fn step<T: Vectors, K: Crc, const LANES: usize, const STORE: u8, const PA
                 if STORE == STREAMED { T::stream(dst, data) } else { T::store(dst, data) }
             }
         }
-        if !K::CRC.is_reflected {
-            for data in &mut data {
-                *data = T::swap(*data);
-            }
+        for data in &mut data {
+            *data = ordered::<T, K>(*data);
         }
         data
     }
+}
+
+/// The first bytes of an interval, with what the CRC starts from.
+///
+/// # Safety
+///
+/// That of [`Vectors`].
+#[inline(always)]
+pub(crate) unsafe fn started<T: Vectors, K: Crc>(first: T::Vector) -> T::Vector {
+    // To start from ones is to add them to the first bits.
+    const { assert!(K::CRC.is_reflected || !K::CRC.has_ones, "the first bits are low") };
+    // SAFETY: the caller's promise.
+    if K::CRC.has_ones { unsafe { T::xor(first, T::first(K::CRC.ones())) } } else { first }
+}
+
+/// Bytes as they are loaded, in the order in which they are folded.
+///
+/// # Safety
+///
+/// That of [`Vectors`].
+#[inline(always)]
+pub(crate) unsafe fn ordered<T: Vectors, K: Crc>(data: T::Vector) -> T::Vector {
+    let in_order = const { K::CRC.is_reflected || folds_bytes::<T, K>() };
+    // SAFETY: the caller's promise.
+    if in_order { data } else { unsafe { T::swap(data) } }
 }
 
 /// Takes vectors up in the parities.
@@ -306,7 +339,11 @@ unsafe fn add<T: Vectors, const LANES: usize>(
 ///
 /// That of [`step`].
 #[inline(always)]
-unsafe fn put<T: Vectors, const LANES: usize>(parity: Parity, at: usize, data: [T::Vector; LANES]) {
+pub(crate) unsafe fn put<T: Vectors, const LANES: usize>(
+    parity: Parity,
+    at: usize,
+    data: [T::Vector; LANES],
+) {
     if let Parity::Set(to) | Parity::Xor(to) = parity {
         for (lane, data) in data.into_iter().enumerate() {
             // SAFETY: as in `step`.
@@ -348,29 +385,82 @@ pub(crate) unsafe fn parities<T: Vectors>(columns: &[&[u8]], p: *mut u8, q: *mut
     }
 }
 
+/// Whether the lanes of a CRC are folded by bytes, in the order in which they are loaded; else by
+/// halves of 128-bit registers, which are swapped first if the CRC is not reflected.
+const fn folds_bytes<T: Vectors, K: Crc>() -> bool {
+    T::FOLDS_BYTES && K::CRC.width <= 16
+}
+
+/// What moves a lane up by some bytes: constants for every 128-bit register.
+pub(crate) const fn constants<T: Vectors, K: Crc>(bytes: usize) -> [[i64; 2]; 2] {
+    let distance = 8 * bytes as u32;
+    if folds_bytes::<T, K>() {
+        K::CRC.fold_bytes_by(distance)
+    } else {
+        [K::CRC.fold_by(distance), [0, 0]]
+    }
+}
+
+/// [`constants`], in registers.
+pub(crate) struct Move<T: Vectors, K>([T::Vector; 2], PhantomData<K>);
+
+impl<T: Vectors, K: Crc> Move<T, K> {
+    /// # Safety
+    ///
+    /// That of [`Vectors`].
+    #[inline(always)]
+    pub(crate) unsafe fn by([first, second]: [[i64; 2]; 2]) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Move([T::everywhere(first), T::everywhere(second)], PhantomData) }
+    }
+
+    /// Moves a lane up, and adds what comes next.
+    ///
+    /// # Safety
+    ///
+    /// That of [`Vectors`].
+    #[inline(always)]
+    pub(crate) unsafe fn onto(&self, sum: T::Vector, next: T::Vector) -> T::Vector {
+        let [first, second] = self.0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if const { folds_bytes::<T, K>() } {
+                T::fold_bytes(sum, first, second, next)
+            } else {
+                T::fold(sum, first, next)
+            }
+        }
+    }
+}
+
 /// The guard of what the lanes hold one after the other.
 ///
 /// # Safety
 ///
 /// That of [`Vectors`].
 #[inline(always)]
-unsafe fn reduce<T: Vectors, K: Crc, const LANES: usize>(mut sums: [T::Vector; LANES]) -> u64 {
+pub(crate) unsafe fn reduce<T: Vectors, K: Crc, const LANES: usize>(
+    mut sums: [T::Vector; LANES],
+) -> u64 {
     const { assert!(LANES.is_power_of_two()) };
     // Neighbours are joined, until there is one.
     let by = const {
-        let vector = 8 * T::BYTES as u32;
-        [K::CRC.fold_by(vector), K::CRC.fold_by(2 * vector), K::CRC.fold_by(4 * vector)]
+        [
+            constants::<T, K>(T::BYTES),
+            constants::<T, K>(2 * T::BYTES),
+            constants::<T, K>(4 * T::BYTES),
+        ]
     };
     // SAFETY: of the machine's features only.
     let sum = unsafe {
         for (round, by) in by.into_iter().enumerate().take(LANES.ilog2() as usize) {
-            let by = T::everywhere(by);
+            let by = Move::<T, K>::by(by);
             for lane in 0..LANES >> (round + 1) {
-                sums[lane] = T::fold(sums[2 * lane], by, sums[2 * lane + 1]);
+                sums[lane] = by.onto(sums[2 * lane], sums[2 * lane + 1]);
             }
         }
         let quarters = const { [K::CRC.fold_by(128), K::CRC.fold_by(256), K::CRC.fold_by(384)] };
-        T::join(sums[0], quarters)
+        T::join(if const { folds_bytes::<T, K>() } { T::swap(sums[0]) } else { sums[0] }, quarters)
     };
     // SAFETY: every instruction set with vectors has these two.
     let rest = unsafe { if K::CRC.is_reflected { reflected::<K>(sum) } else { plain::<K>(sum) } };

@@ -209,6 +209,83 @@ impl Algorithm {
         }
     }
 
+    /// `[straight, crossed]` that move a 128-bit register of a CRC of 16 bits up by `distance`
+    /// bits, without carry-less multiplication; not reflected, bytes as they are loaded.
+    ///
+    /// Byte `i` of the first half and byte `i` of the second are, but for `x^(56 - 8i)`, the
+    /// polynomial `first * x^64 + second`. Modulo P that is a linear map from 16 bits to 16. It is
+    /// one to one (or this does not compile), so there are two bytes that stand for
+    /// `(first * x^64 + second) * x^distance`, and they depend on the two by four matrices of
+    /// 8 x 8 bits, the same for every `i`. Those from a half to itself are `straight`, those from
+    /// the other half `crossed`, each at the half that it leads to.
+    pub(crate) const fn fold_bytes_by(&self, distance: u32) -> [[i64; 2]; 2] {
+        assert!(self.width == 16 && !self.is_reflected);
+        // Bit k of a pair is bit k of the second byte, bit 8 + k of the first.
+        const PAIR: [u32; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 64, 65, 66, 67, 68, 69, 70, 71];
+        let pair_of = self.pairs(PAIR);
+        let (mut straight, mut crossed, mut from) = ([0_u64; 2], [0_u64; 2], 0);
+        while from < 16 {
+            let (mut pair, mut rest, mut bit) = (0, self.remainder(PAIR[from] + distance), 0);
+            while rest > 0 {
+                pair ^= pair_of[bit] * (rest & 1);
+                (rest, bit) = (rest >> 1, bit + 1);
+            }
+            let mut to = 0;
+            while to < 16 {
+                // The first half is the lower one in a register.
+                let half = 1 - to / 8;
+                // Row `to` of a matrix is byte `7 - to`; its bit `from` is in that column.
+                let place = (pair >> to & 1) << (8 * (7 - to % 8) + from % 8);
+                if to / 8 == from / 8 {
+                    straight[half] |= place;
+                } else {
+                    crossed[half] |= place;
+                }
+                to += 1;
+            }
+            from += 1;
+        }
+        [[straight[0] as i64, straight[1] as i64], [crossed[0] as i64, crossed[1] as i64]]
+    }
+
+    /// For each `i` below 16, a set of these powers of `x` (as bits) whose sum is `x^i` modulo P.
+    const fn pairs(&self, powers: [u32; 16]) -> [u64; 16] {
+        // Gauss and Jordan: from what the powers are to single bits. A row is a remainder and the
+        // set that it is the sum of.
+        let (mut rows, mut row) = ([(0, 0); 16], 0);
+        while row < 16 {
+            rows[row] = (self.remainder(powers[row]), 1 << row);
+            row += 1;
+        }
+        let mut bit = 0;
+        while bit < 16 {
+            let mut pivot = bit;
+            while rows[pivot].0 >> bit & 1 == 0 {
+                pivot += 1;
+            }
+            (rows[bit], rows[pivot]) = (rows[pivot], rows[bit]);
+            let mut row = 0;
+            while row < 16 {
+                if row != bit && rows[row].0 >> bit & 1 == 1 {
+                    rows[row] = (rows[row].0 ^ rows[bit].0, rows[row].1 ^ rows[bit].1);
+                }
+                row += 1;
+            }
+            bit += 1;
+        }
+        let (mut sets, mut bit) = ([0; 16], 0);
+        while bit < 16 {
+            sets[bit] = rows[bit].1;
+            bit += 1;
+        }
+        sets
+    }
+
+    /// `x^exponent` modulo the polynomial.
+    const fn remainder(&self, exponent: u32) -> u64 {
+        self.power(exponent + 64 - self.width) >> (64 - self.width)
+    }
+
     /// For Barrett's reduction: `floor(x^128 / P)`, which has 65 coefficients, without one of
     /// them.
     ///

@@ -30,6 +30,7 @@
 //! | `tier.rs`        | which instruction set does the work                                   |
 //! | `pieces.rs`      | what a tier is made of                                                |
 //! | `fused.rs`       | the fused loop: load, store, CRC, P and Q without leaving registers   |
+//! | `across.rs`      | the same across columns: P and Q are made and guarded in registers     |
 //! | `avx512.rs`, `avx2.rs` | the vectors that it is compiled for                             |
 //! | `portable.rs`    | the loops in plain Rust, for every machine                            |
 //! | `fault.rs`       | memory that vanishes: recovery from SIGBUS and SIGSEGV                |
@@ -41,6 +42,8 @@
 )))]
 compile_error!("stableio-onepass recovers from faults on Linux, x86_64 or aarch64, only");
 
+#[cfg(target_arch = "x86_64")]
+mod across;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -111,6 +114,14 @@ pub enum Parity {
 }
 
 impl Parity {
+    /// The same parity, for the next column of the row.
+    pub(crate) fn added_to(self) -> Parity {
+        match self {
+            Parity::Set(p) => Parity::Xor(p),
+            other => other,
+        }
+    }
+
     /// The parity of what lies `bytes` further on.
     pub(crate) fn at(self, bytes: usize) -> Parity {
         // Wrapping, so that this can be safe: whoever writes through the pointer knows that it
@@ -169,6 +180,35 @@ pub(crate) struct Run {
     parities: Parities,
     guards: *mut u64,
     intervals: usize,
+}
+
+/// Columns that are taken at once. They, their copies, P and Q are as a rule in the same places of
+/// their pages, which share a set of the L1 cache: six lines fit, ten (four columns) do not
+/// (ADR 0014).
+pub(crate) const ABREAST: usize = 2;
+
+/// Whole intervals of neighbouring columns of a row with Q: the work of one call across columns.
+///
+/// Each source has `intervals` intervals, and so have its copy (if not null) and the parities, of
+/// which `coefficient` is that of the first column.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no such loops there"))]
+pub(crate) struct Across {
+    format: Format,
+    columns: [Place; ABREAST],
+    parities: Parities,
+    /// Where the guards of Q as it is left behind go, if not null.
+    q_guards: *mut u64,
+    intervals: usize,
+}
+
+/// Where intervals of a column come from, and go to.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no such loops there"))]
+pub(crate) struct Place {
+    src: *const u8,
+    copy: *mut u8,
+    guards: *mut u64,
 }
 
 impl Run {

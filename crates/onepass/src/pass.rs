@@ -176,6 +176,26 @@ impl Source<'_> {
             Source::Stable(data) => data.len(),
         }
     }
+
+    /// How many of the next bytes the fused loops can take, foreign ones under guard.
+    pub(crate) fn ahead(&mut self) -> usize {
+        match self {
+            Source::Foreign(cursor) => cursor.ahead(),
+            Source::Stable(data) => data.len(),
+        }
+    }
+
+    /// The next `len` bytes, which are [`ahead`](Self::ahead) and now taken.
+    pub(crate) fn take(&mut self, len: usize) -> Segment {
+        match self {
+            Source::Foreign(cursor) => Segment { addr: cursor.take(len), len },
+            Source::Stable(data) => {
+                let (taken, rest) = data.split_at(len);
+                *data = rest;
+                Segment { addr: taken.as_ptr(), len }
+            }
+        }
+    }
 }
 
 /// Runs over the whole intervals of stable bytes, or over less than one; says how many bytes.
@@ -224,7 +244,23 @@ unsafe fn run_foreign(
         unsafe { guarded(run.src, now, move || sum(run))? };
         return Ok(now);
     }
-    let now = interval.min(len);
+    // SAFETY: the caller's promises.
+    unsafe { run_loaded(kernels, cursor, run, interval.min(len)) }
+}
+
+/// Loads an interval or less, and runs over what has been loaded; says how many bytes. On its own,
+/// because its room makes a large stack frame, which costs something in every call.
+///
+/// # Safety
+///
+/// That of [`Pass::foreign`], for `now` bytes, which are not more than an interval.
+#[inline(never)]
+unsafe fn run_loaded(
+    kernels: &Kernels,
+    cursor: &mut Cursor<'_>,
+    run: &Run,
+    now: usize,
+) -> Result<usize, Fault> {
     let mut room = std::mem::MaybeUninit::<[u8; BLOCK]>::uninit();
     let to = if run.copy.is_null() { room.as_mut_ptr().cast() } else { run.copy };
     // SAFETY: copy and room have an interval, which is at most a block; what has been loaded there

@@ -4,7 +4,7 @@
 //! under it must not own anything (see [`guarded`]).
 
 use crate::fault::guarded;
-use crate::{Fault, Run};
+use crate::{Across, Fault, Run};
 
 /// Bytes of a word: the unit that is never torn (ONCE-2).
 pub(crate) const WORD: usize = 8;
@@ -54,6 +54,13 @@ pub(crate) trait Pieces {
     ///
     /// [`Run`]'s promises; the source is foreign only if [`LOADS_ONCE`](Self::LOADS_ONCE).
     unsafe fn sum(run: &Run);
+
+    /// Does what the run across columns says, if this tier has a loop for it.
+    ///
+    /// # Safety
+    ///
+    /// [`Across`]'s promises; the sources are foreign only if [`LOADS_ONCE`](Self::LOADS_ONCE).
+    const ACROSS: Option<unsafe fn(&Across)> = None;
 
     /// XORs `src` into `dst`, as far as the shorter of them reaches. This and what follows is for
     /// stable bytes; only called where the machine has the tier.

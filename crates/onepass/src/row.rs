@@ -1,12 +1,16 @@
 //! Full rows: copies, guards, P and Q of all columns in one pass.
 //!
 //! The columns take turns, a few intervals each, so that what P and Q are made of lies in a near
-//! cache from the first column to the last. P's guards follow from those of the data; Q's
-//! are computed while it is still there.
+//! cache from the first column to the last. With Q some columns are taken at once, if the tier can
+//! do that and each of them lies straight: then the guards of Q, too, are made of registers. P's
+//! guards follow from those of the data.
 
+use std::ops::Range;
+
+use crate::fault::guarded_in;
 use crate::pass::Source;
-use crate::segments::Cursor;
-use crate::{Fault, Format, Kernels, Parities, Parity, Pass, gf};
+use crate::segments::{Cursor, Segment};
+use crate::{ABREAST, Across, Fault, Format, Kernels, Parities, Parity, Pass, Place, gf};
 
 /// A column of a full row.
 #[derive(Debug)]
@@ -106,27 +110,28 @@ pub unsafe fn row_with(
     for at in (0..len).step_by(turn) {
         let now = turn.min(len - at);
         let here = at / interval..(at + now) / interval;
-        for (k, column) in columns.iter_mut().enumerate() {
-            let take_up = if k == 0 { Parity::Set } else { Parity::Xor };
-            let place = |parity: &Option<RowParity<'_>>| {
-                parity.as_ref().map_or(Parity::None, |to| take_up(to.to.wrapping_add(at)))
+        // The last columns come first: when the first ones are in Q, it is as it is to be.
+        let mut parity = Parity::Set as fn(*mut u8) -> Parity;
+        let mut q_is_guarded = false;
+        for (group, columns) in columns.chunks_mut(ABREAST).enumerate().rev() {
+            let place = |row_parity: &Option<RowParity<'_>>| {
+                row_parity.as_ref().map_or(Parity::None, |to| parity(to.to.wrapping_add(at)))
             };
-            let pass = Pass {
-                copy: column.copy.map(|copy| copy.wrapping_add(at)),
-                parities: Parities { p: place(&p), q: place(&q), coefficient: gf::exp(k) },
-                ..Pass::guards(format)
-            };
-            let guards = &mut column.guards[here.clone()];
-            // SAFETY: these bytes of the caller's ranges; after the first column the parities are
+            let coefficient = gf::exp(group * ABREAST);
+            let parities = Parities { p: place(&p), q: place(&q), coefficient };
+            let turn = Turn { kernels, format, at, intervals: here.clone(), parities };
+            let q_guards = q.as_mut().filter(|_| group == 0).map(|q| &mut q.guards[here.clone()]);
+            // SAFETY: these bytes of the caller's ranges; after the first group the parities are
             // initialised.
-            unsafe { pass.advance(kernels, &mut column.source, now, guards)? };
+            q_is_guarded = unsafe { turn.take(columns, q_guards)? };
+            parity = Parity::Xor;
         }
         if let Some(p) = &mut p {
             for index in here.clone() {
                 p.guards[index] = format.guard_of_xor(columns.iter().map(|c| c.guards[index]));
             }
         }
-        if let Some(q) = &mut q {
+        if let (Some(q), false) = (&mut q, q_is_guarded) {
             // SAFETY: the columns have just initialised these bytes; they are ours.
             let made = unsafe { std::slice::from_raw_parts(q.to.wrapping_add(at), now) };
             // SAFETY: only guards are written.
@@ -134,4 +139,99 @@ pub unsafe fn row_with(
         }
     }
     Ok(())
+}
+
+/// Some intervals of neighbouring columns.
+struct Turn<'a> {
+    kernels: &'a Kernels,
+    format: Format,
+    /// Where they start in their columns, and which they are.
+    at: usize,
+    intervals: Range<usize>,
+    /// What the parities of these intervals take up; the coefficient is that of the first column.
+    parities: Parities,
+}
+
+impl Turn<'_> {
+    /// Takes the columns at once, if there is a loop for it; else one after the other. Says whether
+    /// the guards of Q as it is left behind have been written, if they are asked for.
+    ///
+    /// # Safety
+    ///
+    /// That of [`row`], for these intervals.
+    unsafe fn take(
+        &self,
+        columns: &mut [Column<'_>],
+        q_guards: Option<&mut [u64]>,
+    ) -> Result<bool, Fault> {
+        let len = self.intervals.len() * self.format.interval.bytes();
+        if self.parities.q != Parity::None
+            && let Some(across) = self.kernels.across
+            && let Ok(abreast) = <&mut [Column<'_>; ABREAST]>::try_from(&mut *columns)
+            && abreast.iter_mut().all(|column| column.source.ahead() >= len)
+        {
+            // SAFETY: the caller's promises; that many bytes are straight.
+            unsafe { self.take_at_once(across, abreast, len, q_guards)? };
+            return Ok(true);
+        }
+        // SAFETY: the caller's promises.
+        unsafe { self.take_in_turn(columns, len)? };
+        Ok(false)
+    }
+
+    /// # Safety
+    ///
+    /// That of [`take`](Self::take); `len` bytes of each column are straight, and there is Q.
+    unsafe fn take_at_once(
+        &self,
+        across: unsafe fn(&Across),
+        columns: &mut [Column<'_>; ABREAST],
+        len: usize,
+        q_guards: Option<&mut [u64]>,
+    ) -> Result<(), Fault> {
+        let sources = columns.each_mut().map(|column| column.source.take(len));
+        let places = std::array::from_fn(|k| Place {
+            src: sources[k].addr,
+            copy: self.copy_of(&columns[k]).unwrap_or_default(),
+            guards: columns[k].guards[self.intervals.clone()].as_mut_ptr(),
+        });
+        let run = &Across {
+            format: self.format,
+            columns: places,
+            parities: self.parities,
+            q_guards: q_guards.map_or(std::ptr::null_mut(), <[u64]>::as_mut_ptr),
+            intervals: self.intervals.len(),
+        };
+        let foreign = std::array::from_fn::<_, ABREAST, _>(|k| match columns[k].source {
+            Source::Foreign(_) => sources[k],
+            Source::Stable(_) => Segment { len: 0, ..sources[k] },
+        });
+        // SAFETY: what is foreign is guarded, and lies in one segment from a word boundary on; the
+        // rest is the caller's promise. What is called owns nothing.
+        unsafe { guarded_in(&foreign, move || across(run)) }
+    }
+
+    /// # Safety
+    ///
+    /// That of [`take`](Self::take); the intervals have `len` bytes.
+    unsafe fn take_in_turn(&self, columns: &mut [Column<'_>], len: usize) -> Result<(), Fault> {
+        let mut parities = self.parities;
+        for column in columns {
+            let pass = Pass { copy: self.copy_of(column), parities, ..Pass::guards(self.format) };
+            let guards = &mut column.guards[self.intervals.clone()];
+            // SAFETY: the caller's promises; after the first column the parities are initialised.
+            unsafe { pass.advance(self.kernels, &mut column.source, len, guards)? };
+            parities = Parities {
+                p: parities.p.added_to(),
+                q: parities.q.added_to(),
+                coefficient: gf::mul(parities.coefficient, gf::exp(1)),
+            };
+        }
+        Ok(())
+    }
+
+    /// Where the copy of these intervals goes.
+    fn copy_of(&self, column: &Column<'_>) -> Option<*mut u8> {
+        column.copy.map(|copy| copy.wrapping_add(self.at))
+    }
 }

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use crate::pieces::{self, Pieces};
 use crate::portable::Portable;
-use crate::{Fault, Run};
+use crate::{Across, Fault, Run};
 #[cfg(target_arch = "x86_64")]
 use crate::{
     avx2::{self, Avx2},
@@ -95,6 +95,8 @@ pub struct Kernels {
     /// [`Pieces::LOADS_ONCE`].
     pub(crate) loads_once: bool,
     pub(crate) sum: unsafe fn(&Run),
+    /// [`Pieces::ACROSS`].
+    pub(crate) across: Option<unsafe fn(&Across)>,
     pub copy_in: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub copy_out: unsafe fn(*const u8, *mut u8, usize) -> Result<(), Fault>,
     pub zero_out: unsafe fn(*mut u8, usize) -> Result<(), Fault>,
@@ -140,6 +142,7 @@ impl Kernels {
         Kernels {
             loads_once: P::LOADS_ONCE,
             sum: P::sum,
+            across: P::ACROSS,
             copy_in: pieces::copy_in::<P>,
             copy_out: pieces::copy_out::<P>,
             zero_out: pieces::zero_out::<P>,

@@ -9,7 +9,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::ptr;
 
-use onepass::{BLOCK, Fault, Kernels, Parities, Parity, available_tiers, fault, tier};
+use onepass::{
+    BLOCK, Column, Fault, Format, Kernels, Parities, Parity, RowParity, Segment, available_tiers,
+    fault, tier,
+};
 use stableio_onepass as onepass;
 use support::{sample, stabilize};
 
@@ -121,6 +124,30 @@ fn every_kernel_reports_the_gap_and_lives() {
                 let left = mapping.len / 2 - offset;
                 assert_eq!((kernels.copy_in)(src, ours, left), Ok(()));
             }
+        }
+    }
+}
+
+#[test]
+fn rows_report_the_gap_of_any_column() {
+    let (whole, half) = (Mapping::new(12 * PAGE), Mapping::half_gone(12 * PAGE));
+    let len = half.len;
+    let [mut first, mut second, mut p, mut q] = std::array::from_fn(|_| vec![0_u8; len]);
+    for kernels in available_tiers().iter().map(|tier| Kernels::of(*tier).unwrap()) {
+        for sources in [[&half, &whole], [&whole, &half]] {
+            let sources = sources.map(|mapping| [Segment { addr: mapping.start, len }]);
+            let mut guards = vec![vec![0; len / BLOCK]; 4];
+            let [of_first, of_second, of_p, of_q] = &mut guards[..] else { unreachable!() };
+            let mut row = [
+                Column::foreign(&sources[0], first.as_mut_ptr(), of_first),
+                Column::foreign(&sources[1], second.as_mut_ptr(), of_second),
+            ];
+            let p = RowParity { to: p.as_mut_ptr(), guards: of_p };
+            let q = RowParity { to: q.as_mut_ptr(), guards: of_q };
+            // SAFETY: copies and parities are as long as the mappings, which nobody else uses.
+            let done =
+                unsafe { onepass::row_with(kernels, Format::NATIVE, &mut row, Some(p), Some(q)) };
+            assert_eq!(done, half.gap());
         }
     }
 }

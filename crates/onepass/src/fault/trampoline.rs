@@ -8,33 +8,52 @@
 use std::ffi::c_void;
 use std::mem::offset_of;
 
-/// One call of [`enter`]: its foreign range, and where to continue when that faults.
+use crate::Segment;
+
+/// One call of [`enter`]: its foreign ranges, and where to continue when one faults.
 #[repr(C)]
 pub(super) struct Record {
     /// Stack pointer of `enter` while the body runs, or 0 when it does not.
     sp: usize,
     /// Where `enter` continues after a fault.
     pc: usize,
-    /// Foreign range, first address.
-    pub(super) start: usize,
-    /// Foreign range, first address behind it.
-    pub(super) end: usize,
+    /// The foreign ranges, and how many there are.
+    ranges: *const Segment,
+    count: usize,
     /// The faulting address, once there is one.
     pub(super) fault: usize,
 }
 
 impl Record {
-    /// The record of a call, not yet entered, over the foreign range of `len` bytes at `start`.
-    pub(super) fn of(start: usize, len: usize) -> Record {
-        Record { sp: 0, pc: 0, start, end: start.saturating_add(len), fault: 0 }
+    /// The record of a call, not yet entered, over foreign ranges, which outlive it.
+    pub(super) fn of(ranges: &[Segment]) -> Record {
+        Record { sp: 0, pc: 0, ranges: ranges.as_ptr(), count: ranges.len(), fault: 0 }
     }
 
-    /// Whether the body runs and `addr` is in its foreign range, taken by whole pages of `page`
-    /// bytes: of a hardware memory error the kernel reports no more than the page.
-    pub(super) fn covers(&self, addr: usize, page: usize) -> bool {
-        let first = self.start & !(page - 1);
-        let behind = self.end.checked_next_multiple_of(page).unwrap_or(usize::MAX);
-        self.sp != 0 && self.start < self.end && (first..behind).contains(&addr)
+    /// If the body runs and `addr` is in one of its foreign ranges, taken by whole pages of `page`
+    /// bytes: the address, brought into the range. Of a hardware memory error the kernel reports
+    /// no more than the page.
+    ///
+    /// # Safety
+    ///
+    /// The ranges are still there.
+    pub(super) unsafe fn covers(&self, addr: usize, page: usize) -> Option<usize> {
+        if self.sp == 0 {
+            return None;
+        }
+        // SAFETY: the caller's promise; `of` was given these.
+        let ranges = unsafe { std::slice::from_raw_parts(self.ranges, self.count) };
+        // Ranges may share a page; the one that has the address itself comes first.
+        let has = |range: &&Segment| addr.wrapping_sub(range.addr.addr()) < range.len;
+        let shares_page = |range: &&Segment| {
+            let (start, end) = (range.addr.addr(), range.addr.addr().saturating_add(range.len));
+            let first = start & !(page - 1);
+            let behind = end.checked_next_multiple_of(page).unwrap_or(usize::MAX);
+            start < end && (first..behind).contains(&addr)
+        };
+        let range = ranges.iter().find(has).or_else(|| ranges.iter().find(shares_page))?;
+        let start = range.addr.addr();
+        Some(addr.clamp(start, start.saturating_add(range.len) - 1))
     }
 }
 
@@ -43,7 +62,7 @@ impl Record {
 /// # Safety
 ///
 /// `record` is valid until the return, `body` accepts `arg`, does not unwind, and may be abandoned
-/// at every access to the foreign range: frames between here and there are plain old frames, with
+/// at every access to the foreign ranges: frames between here and there are plain old frames, with
 /// no destructors.
 #[cfg(target_arch = "x86_64")]
 #[unsafe(naked)]
@@ -106,7 +125,7 @@ pub(super) unsafe fn resume(record: &Record, context: *mut libc::ucontext_t) {
 /// # Safety
 ///
 /// `record` is valid until the return, `body` accepts `arg`, does not unwind, and may be abandoned
-/// at every access to the foreign range: frames between here and there are plain old frames, with
+/// at every access to the foreign ranges: frames between here and there are plain old frames, with
 /// no destructors.
 #[cfg(target_arch = "aarch64")]
 #[unsafe(naked)]
