@@ -46,24 +46,15 @@ const HANDED_OVER: usize = 8;
 /// Fewer of those that keep it busy for long.
 const LONG_HANDED_OVER: usize = 5;
 const LONG: usize = 512 << 10;
-/// Fewer of these for writes, of which that thread carries out one after the
-/// other: so many, or so many short ones.
-const WRITES_HANDED_OVER: usize = 2;
-const SHORT_WRITES_HANDED_OVER: usize = 4;
-const SHORT: usize = 320 << 10;
+/// Writes, which that thread carries out one after the other, while so many
+/// bytes of them are there: enough to do for as long as the worker copies one.
+const WRITE_BYTES_HANDED_OVER: usize = 640 << 10;
 
 thread_local! {
     /// Transfers of files in memory that this worker has handed over.
     static HANDED: Cell<usize> = const { Cell::new(0) };
-}
-
-fn most_handed_over(op: OpName, len: usize) -> usize {
-    match op {
-        OpName::Write if len < SHORT => SHORT_WRITES_HANDED_OVER,
-        OpName::Write => WRITES_HANDED_OVER,
-        _ if len >= LONG => LONG_HANDED_OVER,
-        _ => HANDED_OVER,
-    }
+    /// Bytes of the writes among them.
+    static WRITTEN: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Whether this thread waits for transfers that it has handed over.
@@ -73,14 +64,32 @@ pub(crate) fn has_handed_over() -> bool {
 
 /// A transfer that was handed over; counted until it is dropped.
 struct HandedOver {
-    /// Whose writes it is one of.
-    written: Option<Arc<Inner>>,
+    /// Whose write it is, and of how many bytes.
+    written: Option<(Arc<Inner>, usize)>,
+    /// Whether the kernel's thread has enough to do with it.
+    full: bool,
+}
+
+impl HandedOver {
+    fn read(full: bool) -> Self {
+        HANDED.set(HANDED.get() + 1);
+        Self { written: None, full }
+    }
+
+    fn write(file: Arc<Inner>, len: usize) -> Self {
+        HANDED.set(HANDED.get() + 1);
+        WRITTEN.set(WRITTEN.get() + len);
+        file.writes_handed.fetch_add(1, Ordering::Relaxed);
+        let full = WRITTEN.get() >= WRITE_BYTES_HANDED_OVER;
+        Self { written: Some((file, len)), full }
+    }
 }
 
 impl Drop for HandedOver {
     fn drop(&mut self) {
         HANDED.set(HANDED.get() - 1);
-        if let Some(file) = &self.written {
+        if let Some((file, len)) = &self.written {
+            WRITTEN.set(WRITTEN.get() - len);
             file.writes_handed.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -112,6 +121,7 @@ struct Inner {
     limits: Limits,
     is_block: bool,
     in_memory: bool,
+    /// How many of its writes are with the kernel's thread.
     writes_handed: AtomicUsize,
     /// For the rare transfer that no reservation foresaw. Whoever holds of
     /// it waits for nothing but the kernel.
@@ -235,7 +245,7 @@ impl Inner {
         }
         // The last of a batch sets it off; fewer go with the worker's next
         // look at the ring, which is near.
-        let full = handed.is_some() && HANDED.get() >= most_handed_over(op, len as usize);
+        let full = handed.as_ref().is_some_and(|handed| handed.full);
         let inner = self.clone();
         let ticket = exec::spawn_begun(async move {
             let done = inner.run(request, handed).await;
@@ -249,19 +259,16 @@ impl Inner {
 
     /// Whether a transfer of a file in memory goes to the kernel's thread.
     fn hand_over(self: &Arc<Self>, op: OpName, len: usize) -> Option<HandedOver> {
+        if op == OpName::Read {
+            let most = if len >= LONG { LONG_HANDED_OVER } else { HANDED_OVER };
+            let worth_it = len > IN_PLACE && HANDED.get() < most;
+            return worth_it.then(|| HandedOver::read(HANDED.get() + 1 >= most));
+        }
         // Writes of one file exclude each other: while that thread writes to
         // it, this one would only wait.
-        let write = op == OpName::Write;
-        let waits = write && self.writes_handed.load(Ordering::Relaxed) > 0;
-        let worth_it = len > IN_PLACE && HANDED.get() < most_handed_over(op, len);
-        (waits || worth_it).then(|| {
-            HANDED.set(HANDED.get() + 1);
-            let written = write.then(|| {
-                self.writes_handed.fetch_add(1, Ordering::Relaxed);
-                self.clone()
-            });
-            HandedOver { written }
-        })
+        let waits = self.writes_handed.load(Ordering::Relaxed) > 0;
+        let worth_it = len > IN_PLACE && WRITTEN.get() < WRITE_BYTES_HANDED_OVER;
+        (waits || worth_it).then(|| HandedOver::write(self.clone(), len))
     }
 
     fn error(&self, kind: Kind, op: OpName, at: u64, len: u64) -> Error {
