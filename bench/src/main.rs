@@ -10,6 +10,7 @@ mod array;
 mod bed;
 mod chart;
 mod compare;
+mod declared;
 mod growth;
 mod guests;
 mod host;

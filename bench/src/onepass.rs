@@ -22,7 +22,7 @@ pub(crate) const ABOUT: &str = "copies, guards and parity in one pass, against a
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 /// Samples of each side: short ones, and many.
-const ROUNDS: usize = 31;
+pub(crate) const ROUNDS: usize = 31;
 /// Data columns of the rows with parity, and their chunk.
 const COLUMNS: usize = 4;
 const CHUNK: usize = 64 * KIB;
@@ -118,7 +118,7 @@ fn kernels_for(name: &str) -> Side<&'static Kernels> {
 }
 
 /// GB/s of data, by the processor time of this thread: other programs disturb less.
-fn sample(plan: &Plan, bytes: usize, mut call: impl FnMut()) -> f64 {
+pub(crate) fn sample(plan: &Plan, bytes: usize, mut call: impl FnMut()) -> f64 {
     let enough = plan.sample.as_nanos() as f64 / ROUNDS as f64;
     let round = (MIB / bytes).max(1);
     // What the other side left in the caches is not ours.

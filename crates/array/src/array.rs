@@ -459,12 +459,14 @@ fn open_member(path: &Path, worker: &Handle) -> Result<FileDevice, OpenError> {
 /// The limits of an array over these members.
 fn limits(superblock: &Superblock, attached: &[Attached]) -> Limits {
     let geometry = &superblock.geometry;
-    let devices = attached
+    let mut devices = attached
         .iter()
         .flat_map(|role| role.device.iter().chain(role.incoming.iter().map(|(_, device)| device)));
-    let memory_align = devices.map(|m| m.limits().memory_align).max().unwrap_or(1);
+    let memory_align = devices.clone().map(|m| m.limits().memory_align).max().unwrap_or(1);
     let parities = geometry.level.parities();
-    let pass = Pass { guards: true, rows: (parities > 0).then(|| geometry.row_shape()) };
+    let rows = (parities > 0).then(|| geometry.row_shape());
+    let streams = devices.all(|member| member.limits().pass.streams);
+    let pass = Pass { guards: true, rows, streams };
     let radius = if geometry.redundancy() > 0 { Radius::Everyone } else { Radius::Issuer };
     let mut limits = Limits {
         size: geometry.size(),

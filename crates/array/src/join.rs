@@ -229,7 +229,8 @@ impl Engine {
             true => tail.memory,
             false => head.memory,
         };
-        let pass = Pass { guards: true, rows: Some(self.geometry.row_shape()) };
+        let rows = Some(self.geometry.row_shape());
+        let pass = Pass { guards: true, rows, streams: false };
         let sums = doors::sums_of_stable(&payload, at, pass, &mut memory);
         Health::add(&self.health.stripes_joined);
         Part { at, len, payload: Payload::Stable(payload), sums, memory }

@@ -31,6 +31,14 @@ use crate::sg::SgList;
 use crate::stable::StableBuf;
 use crate::units::BLOCK;
 
+/// From so many bytes on a copy is a large one: with all that is under way at
+/// once it would not stay in the caches anyway, and others would go
+/// (docs/adr/0014).
+const LARGE: usize = 512 << 10;
+
+/// A pass for guards and no more.
+const GUARDS: onepass::Pass = onepass::Pass::guards(Format::NATIVE);
+
 /// What a pass over the data of a write computes along the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pass {
@@ -38,6 +46,9 @@ pub struct Pass {
     pub guards: bool,
     /// Parity of every full row; needs `guards`.
     pub rows: Option<RowShape>,
+    /// Whether a large copy goes past the caches: nothing that the processor
+    /// does reads it soon.
+    pub streams: bool,
 }
 
 /// What a pass computed. It travels with the request: whoever stores the data
@@ -324,8 +335,7 @@ impl Update<'_> {
             let (p, q) = (place(&mut self.p), place(&mut self.q));
             let parities = Parities { p, q, coefficient: self.coefficient };
             let old = self.old.map(|old| old.place(done, &mut len));
-            let guards = onepass::Pass::guards(Format::NATIVE);
-            let pass = onepass::Pass { parities, old, ..guards };
+            let pass = onepass::Pass { parities, old, ..GUARDS };
             let mut guards: SmallVec<[u64; 16]> = SmallVec::from_elem(0, len / BLOCK);
             // SAFETY: the caller's promise; the parities are ours alone, hold
             // bytes and have room for `len` of them, and so many has `old`.
@@ -491,7 +501,8 @@ unsafe fn sum_blocks(
         (wanted && parity_bytes > 0).then(|| ParityBuf::new(memory.take(parity_bytes)))
     };
     let (p, q) = (parity(true), parity(has_q));
-    let mut sink = Sink { copy, p, q };
+    let streams = pass.streams && source.len() >= LARGE;
+    let mut sink = Sink { copy, streams, p, q };
     let mut guards: SmallVec<[u64; 4]> = SmallVec::from_elem(0, source.len() / BLOCK);
     let columns = pass.rows.map_or(1, |rows| rows.columns as usize);
     let runs = pass.rows.iter().flat_map(|rows| rows.runs(at, len, &spans));
@@ -513,6 +524,7 @@ unsafe fn sum_blocks(
 struct Sink<'a> {
     /// The copy, and where in it the first block goes.
     copy: Option<(&'a mut PoolBuf, usize)>,
+    streams: bool,
     p: Option<ParityBuf>,
     q: Option<ParityBuf>,
 }
@@ -555,11 +567,11 @@ impl Sink<'_> {
             offset += count * BLOCK;
             if parity.is_none() {
                 // SAFETY: as above.
-                unsafe { self.sum_rows(&mut [blocks], None)? };
+                unsafe { self.sum_run(blocks)? };
                 continue;
             }
             rows.push(blocks);
-            if rows.len() == columns {
+            if let Some(parity) = parity.filter(|_| rows.len() == columns) {
                 // SAFETY: as above.
                 unsafe { self.sum_rows(&mut rows, parity)? };
                 rows.clear();
@@ -568,25 +580,40 @@ impl Sink<'_> {
         Ok(())
     }
 
-    /// Goes over columns of as many blocks each: full rows, if their parity
-    /// has a place.
+    /// Goes over blocks that have no part in full rows.
     ///
     /// # Safety
     ///
     /// That of [`onepass::Pass::foreign`] about its segments.
-    unsafe fn sum_rows(
-        &mut self,
-        columns: &mut [Blocks<'_>],
-        parity: Option<usize>,
-    ) -> Result<(), Fault> {
+    unsafe fn sum_run(&mut self, mut blocks: Blocks<'_>) -> Result<(), Fault> {
+        while !blocks.source.is_empty() {
+            let mut len = blocks.source.len();
+            let copy = self.copy.as_mut();
+            let copy = copy.map(|(copy, first)| copy.place(*first + blocks.offset, &mut len));
+            let guards = blocks.guards.split_off_mut(..len / BLOCK).expect("one for each block");
+            let pass = onepass::Pass { copy, streams: self.streams, ..GUARDS };
+            // SAFETY: the caller's promise; the copy is ours alone, and has
+            // room for `len` bytes there.
+            unsafe { pass.foreign(blocks.source.split_to(len)?, guards)? };
+            blocks.offset += len;
+        }
+        Ok(())
+    }
+
+    /// Goes over all columns of full rows, whose parity has its place at a
+    /// byte.
+    ///
+    /// # Safety
+    ///
+    /// That of [`onepass::Pass::foreign`] about its segments.
+    unsafe fn sum_rows(&mut self, columns: &mut [Blocks<'_>], parity: usize) -> Result<(), Fault> {
         let mut done = 0;
         while !columns[0].source.is_empty() {
             // As far as every buffer goes on in one extent.
             let mut len = columns[0].source.len();
-            let at = parity.map(|at| at + done);
+            let at = parity + done;
             let mut place = |parity: &mut Option<ParityBuf>| {
-                let (at, parity) = at.zip(parity.as_mut())?;
-                Some((at, parity.blocks.place(at, &mut len)))
+                parity.as_mut().map(|parity| (at, parity.blocks.place(at, &mut len)))
             };
             let (to_p, to_q) = (place(&mut self.p), place(&mut self.q));
             let mut copies: SmallVec<[*mut u8; 8]> = SmallVec::new();
@@ -601,7 +628,7 @@ impl Sink<'_> {
                 // SAFETY: the caller's promise.
                 let source = unsafe { column.source.split_to(len)? };
                 row.push(match copies.get(k) {
-                    Some(copy) => Column::foreign(source, *copy, guards),
+                    Some(copy) => Column::foreign(source, *copy, guards).past_caches(self.streams),
                     None => Column::promised(source, guards),
                 });
             }

@@ -57,8 +57,8 @@ fn any_pass() -> impl Strategy<Value = Pass> {
     let columns = prop_oneof![3 => 1..5_u32, 1 => 5..15_u32];
     let rows = (1..6_u32, columns, 1..3_u8)
         .prop_map(|(chunk_blocks, columns, parities)| RowShape { chunk_blocks, columns, parities });
-    (prop::bool::weighted(0.8), prop::option::weighted(0.7, rows))
-        .prop_map(|(guards, rows)| Pass { guards, rows })
+    (prop::bool::weighted(0.8), prop::option::weighted(0.7, rows), any::<bool>())
+        .prop_map(|(guards, rows, streams)| Pass { guards, rows, streams })
 }
 
 /// Foreign memory, what it holds, and a pool in pieces.
@@ -303,7 +303,7 @@ fn split_requests_are_stabilized_like_one() {
     let stage = Stage::new(3);
     let segments = vec![(5, 3 * BLOCK), (100_000, 7), (8192, 2 * BLOCK + 11)];
     let payload = payload(&segments, &stage.contents);
-    let pass = Pass { guards: true, rows: None };
+    let pass = Pass { guards: true, rows: None, streams: false };
     let mut random = Random(4);
     for _ in 0..100 {
         let cut = random.below(payload.len() + 1);
@@ -324,13 +324,32 @@ fn split_requests_are_stabilized_like_one() {
     stage.assert_nothing_left();
 }
 
+/// What goes past the caches is what would have stayed in them.
+#[test]
+fn large_copies_are_right_wherever_they_go() {
+    let len = (1 << 20) + 3 * BLOCK;
+    let contents = noise(11, len);
+    let foreign = Mapping::holding(&contents);
+    let shape = RowShape { chunk_blocks: 4, columns: 3, parities: 1 };
+    for (rows, at) in [(None, 0), (Some(shape), 0), (Some(shape), 5 * 512)] {
+        for cuts in [vec![(0, len)], vec![(0, 70_001), (70_001, len - 70_001)]] {
+            let pass = Pass { guards: true, rows, streams: true };
+            let pool = Pool::new(4 << 20).unwrap();
+            let mut memory = pool.try_reserve(pool.size()).unwrap().unwrap();
+            let (copy, sums) = doors::stabilize(foreign.buf(&cuts), at, pass, &mut memory).unwrap();
+            assert!(copy.to_vec() == contents);
+            assert_sums(&sums, &contents, at, pass);
+        }
+    }
+}
+
 /// The owner may forget its memory as soon as it has passed it: the handle, or
 /// the list that the kernel works on, is then the last to hold it.
 #[test]
 fn a_handle_keeps_its_memory() {
     let payload = noise(7, 4 * BLOCK);
     let segments = [(0, 4 * BLOCK)];
-    let pass = Pass { guards: true, rows: None };
+    let pass = Pass { guards: true, rows: None, streams: false };
     let pool = Pool::new(1 << 20).unwrap();
     let mut memory = pool.try_reserve(pool.size()).unwrap().unwrap();
     let alone = || Mapping::holding(&payload).buf(&segments);
@@ -362,7 +381,7 @@ fn what_is_not_congruent_is_not_summed() {
     let stage = Stage::new(8);
     let shifted = stage.stable(512, &noise(9, 64 * BLOCK));
     assert!(!shifted.is_congruent(0, BLOCK));
-    let pass = Pass { guards: true, rows: None };
+    let pass = Pass { guards: true, rows: None, streams: false };
     doors::sums_of_stable(&shifted, 0, pass, &mut stage.reserve(BLOCK));
 }
 

@@ -141,8 +141,11 @@ const REQUESTS: [(u64, &[(usize, usize)]); 6] = [
     (1, &[(5, 1000), (2001, 3001), (BLOCK + 1, 2 * BLOCK), (5 * BLOCK, 17), (99, 4 * BLOCK)]),
 ];
 
-const PASS: Pass =
-    Pass { guards: true, rows: Some(RowShape { chunk_blocks: 2, columns: 2, parities: 2 }) };
+const PASS: Pass = Pass {
+    guards: true,
+    rows: Some(RowShape { chunk_blocks: 2, columns: 2, parities: 2 }),
+    streams: true,
+};
 
 #[test]
 fn what_is_stabilized_fits_together_and_was_all_stored() {
@@ -226,7 +229,7 @@ fn what_is_loaded_in_halves_was_not_all_stored() {
 fn what_is_sampled_fits_together_though_the_promise_is_broken() {
     let (pool, _taken) = pool_in_pieces(1 << 20, 4);
     let rows = RowShape { chunk_blocks: 3, columns: 1, parities: 2 };
-    let pass = Pass { guards: true, rows: Some(rows) };
+    let pass = Pass { guards: true, rows: Some(rows), streams: false };
     Program::run(|program| {
         for (at, segments) in REQUESTS.iter().cycle().take(2_000) {
             let promised = doors::promise(program.memory.buf(segments), Grant::only_own_data());

@@ -20,8 +20,11 @@ const PAGES: usize = 8;
 const LEN: usize = PAGES * BLOCK;
 /// Where the memory ends that is left.
 const GAP: usize = LEN / 2;
-const PASS: Pass =
-    Pass { guards: true, rows: Some(RowShape { chunk_blocks: 1, columns: 2, parities: 2 }) };
+const PASS: Pass = Pass {
+    guards: true,
+    rows: Some(RowShape { chunk_blocks: 1, columns: 2, parities: 2 }),
+    streams: true,
+};
 
 /// Counts what a thread has on the heap: a call that is abandoned in the middle
 /// must not leave anything there.

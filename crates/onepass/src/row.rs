@@ -17,6 +17,7 @@ use crate::{ABREAST, Across, Fault, Format, Kernels, Parities, Parity, Pass, Pla
 pub struct Column<'a> {
     source: Source<'a>,
     copy: Option<*mut u8>,
+    streams: bool,
     guards: &'a mut [u64],
 }
 
@@ -32,12 +33,18 @@ impl<'a> Column<'a> {
 
     /// Foreign bytes that are promised to be stable, and stay where they are.
     pub fn promised(source: impl Into<Cursor<'a>>, guards: &'a mut [u64]) -> Column<'a> {
-        Column { source: Source::Foreign(source.into()), copy: None, guards }
+        Column { source: Source::Foreign(source.into()), copy: None, streams: false, guards }
     }
 
     /// Stable bytes of ours.
     pub fn stable(data: &'a [u8], guards: &'a mut [u64]) -> Column<'a> {
-        Column { source: Source::Stable(data), copy: None, guards }
+        Column { source: Source::Stable(data), copy: None, streams: false, guards }
+    }
+
+    /// The copy may be stored past the caches, as [`Pass::streams`] says. Of rows with Q it is not:
+    /// columns that are taken at once have no loop for that.
+    pub fn past_caches(self, streams: bool) -> Column<'a> {
+        Column { streams, ..self }
     }
 }
 
@@ -217,7 +224,8 @@ impl Turn<'_> {
     unsafe fn take_in_turn(&self, columns: &mut [Column<'_>], len: usize) -> Result<(), Fault> {
         let mut parities = self.parities;
         for column in columns {
-            let pass = Pass { copy: self.copy_of(column), parities, ..Pass::guards(self.format) };
+            let (copy, streams) = (self.copy_of(column), column.streams);
+            let pass = Pass { copy, streams, parities, ..Pass::guards(self.format) };
             let guards = &mut column.guards[self.intervals.clone()];
             // SAFETY: the caller's promises; after the first column the parities are initialised.
             unsafe { pass.advance(self.kernels, &mut column.source, len, guards)? };

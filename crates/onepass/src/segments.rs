@@ -58,12 +58,14 @@ impl<'a, S: AsRef<[Segment]> + ?Sized> From<&'a S> for Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     /// All bytes of the segments.
+    #[inline]
     pub fn new(segments: &'a [Segment]) -> Cursor<'a> {
         let straight = total(segments);
         Cursor { head: Loaded::NONE, segments, offset: 0, straight, tail: Loaded::NONE }
     }
 
     /// How many bytes there are.
+    #[inline]
     pub fn len(&self) -> usize {
         self.head.len() + self.straight + self.tail.len()
     }
@@ -87,7 +89,25 @@ impl<'a> Cursor<'a> {
     ///
     /// Nothing but foreign memory lies in the segments; this thread does not block SIGBUS and
     /// SIGSEGV.
+    #[inline]
     pub unsafe fn split_to(&mut self, len: usize) -> Result<Cursor<'a>, Fault> {
+        // Small requests are taken whole, by each who passes them on.
+        if len == self.len() {
+            return Ok(std::mem::replace(self, Cursor::new(&[])));
+        }
+        if len == 0 {
+            return Ok(Cursor::new(&[]));
+        }
+        // SAFETY: the caller's promises.
+        unsafe { self.cut_to(len) }
+    }
+
+    /// [`split_to`](Self::split_to) where there is something on both sides.
+    ///
+    /// # Safety
+    ///
+    /// As there.
+    unsafe fn cut_to(&mut self, len: usize) -> Result<Cursor<'a>, Fault> {
         let (mut front, cut) = self.part(len);
         if cut > 0 {
             // SAFETY: the caller's promises.
@@ -142,7 +162,7 @@ impl<'a> Cursor<'a> {
         let mut word = [0; WORD];
         // SAFETY: the caller's promises; the word is ours.
         unsafe { (kernels.copy_in)(self.take(WORD), word.as_mut_ptr(), WORD)? };
-        self.head = Loaded { word, from: 0, end: WORD };
+        self.head = Loaded { word, from: 0, end: WORD as u8 };
         Ok(self.head.split_to(len))
     }
 
@@ -236,20 +256,20 @@ impl<'a> Cursor<'a> {
 #[derive(Debug, Clone, Copy)]
 struct Loaded {
     word: [u8; WORD],
-    from: usize,
-    end: usize,
+    from: u8,
+    end: u8,
 }
 
 impl Loaded {
     const NONE: Loaded = Loaded { word: [0; WORD], from: 0, end: 0 };
 
     fn len(&self) -> usize {
-        self.end - self.from
+        usize::from(self.end - self.from)
     }
 
     /// Takes the first `len` bytes off, or all, if there are less.
     fn split_to(&mut self, len: usize) -> Loaded {
-        let front = Loaded { end: self.end.min(self.from + len), ..*self };
+        let front = Loaded { end: self.from + len.min(self.len()) as u8, ..*self };
         self.from = front.end;
         front
     }
@@ -260,7 +280,7 @@ impl Loaded {
     ///
     /// `dst` is valid for writes of as many bytes.
     unsafe fn copy_to(&self, dst: *mut u8) -> *mut u8 {
-        let bytes = &self.word[self.from..self.end];
+        let bytes = &self.word[usize::from(self.from)..usize::from(self.end)];
         // SAFETY: the caller's promise.
         unsafe {
             dst.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());

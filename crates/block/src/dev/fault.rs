@@ -21,7 +21,7 @@ mod wakers;
 
 use std::sync::{Arc, OnceLock};
 
-use stableio_mem::{BLOCK, Pass, Pool};
+use stableio_mem::{BLOCK, Pool};
 
 use self::gate::Gate;
 use self::rules::{Class, Flip, Verdict};
@@ -98,7 +98,7 @@ impl Inner {
             OpName::Open | OpName::Map => return self.below.submit(request),
         };
         let (limits, range) = (self.below.limits(), at..at + len);
-        let raw = limits.pass == Pass::default();
+        let raw = !limits.pass.guards;
         let verdict = self.faults.decide(class, &range, limits.logical, raw);
         match verdict {
             Verdict::Pass if class != Class::Write => self.below.submit(request),

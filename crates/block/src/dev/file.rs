@@ -163,6 +163,7 @@ impl FileDevice {
         let geometry = Geometry::of(&file, is_block, direct, under.alignment);
         let size = options.size.unwrap_or(whole) / u64::from(geometry.logical)
             * u64::from(geometry.logical);
+        let in_memory = is_in_memory(&file);
         let limits = Limits {
             size,
             logical: geometry.logical,
@@ -173,9 +174,9 @@ impl FileDevice {
             cache: Cache::Volatile,
             write_radius: under.write_radius,
             read_radius: under.read_radius,
-            pass: Pass::default(),
+            // What is not copied by the processor goes to the disk by itself.
+            pass: Pass { streams: direct && !in_memory, ..Pass::default() },
         };
-        let in_memory = is_in_memory(&file);
         let aside = Pool::new(MAX_TRANSFER as usize).map_err(fail)?;
         let inner = Inner {
             file,

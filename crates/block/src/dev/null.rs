@@ -19,7 +19,8 @@ pub struct NullDevice {
 impl NullDevice {
     /// A null device of `size` bytes.
     pub fn new(size: u64, worker: Handle) -> Self {
-        Self { limits: memory_limits(size), worker }
+        let pass = Pass { streams: true, ..Pass::default() };
+        Self { limits: Limits { pass, ..memory_limits(size) }, worker }
     }
 }
 

@@ -22,7 +22,7 @@ fn main() {
     let pool = Pool::new(1 << 20).unwrap();
     let mut memory = pool.try_reserve(pool.size()).unwrap().unwrap();
     let rows = RowShape { chunk_blocks: 1, columns: 2, parities: 2 };
-    let pass = Pass { guards: true, rows: Some(rows) };
+    let pass = Pass { guards: true, rows: Some(rows), streams: false };
 
     // A write: the copy, its guards and its parity fit each other.
     let (copy, sums) = doors::stabilize(foreign(), 0, pass, &mut memory).unwrap();
