@@ -78,7 +78,7 @@ pub use row::{Column, RowParity, row};
 pub use segments::{Cursor, Segment};
 #[doc(hidden)]
 pub use tier::Kernels;
-pub use tier::{Tier, available_tiers, tier};
+pub use tier::{NoSuchTier, Tier, asked_tier, available_tiers, tier};
 
 /// The protection interval in bytes: what one guard covers.
 pub const BLOCK: usize = 4096;

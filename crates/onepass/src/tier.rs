@@ -1,5 +1,6 @@
 //! Which instruction set does the work: found out once, when the first kernel is called.
 
+use std::fmt;
 use std::sync::OnceLock;
 
 use crate::pieces::{self, Pieces};
@@ -50,20 +51,43 @@ impl Tier {
 /// # Panics
 ///
 /// If the environment asks for what this machine cannot run: nobody is to measure another tier
-/// than the one that was asked for.
+/// than the one that was asked for. A program calls [`asked_tier`] first, to say so.
 pub fn tier() -> Tier {
     static CHOSEN: OnceLock<Tier> = OnceLock::new();
-    *CHOSEN.get_or_init(|| {
-        let asked = std::env::var("STABLEIO_ONEPASS").unwrap_or_default();
-        let fits = |tier: &&Tier| {
-            tier.name().split_once('-').is_some_and(|(kind, _)| kind == asked)
-                || asked.is_empty()
-                || tier.name() == asked
-        };
-        let best = available_tiers().iter().rfind(fits);
-        *best.unwrap_or_else(|| panic!("STABLEIO_ONEPASS={asked}: this machine has no such tier"))
-    })
+    *CHOSEN.get_or_init(|| asked_tier().unwrap_or_else(|error| panic!("{error}")))
 }
+
+/// What [`tier`] gives.
+///
+/// # Errors
+///
+/// If the environment asks for what this machine cannot run.
+pub fn asked_tier() -> Result<Tier, NoSuchTier> {
+    let asked = std::env::var_os("STABLEIO_ONEPASS").unwrap_or_default();
+    let asked = asked.to_string_lossy().into_owned();
+    let fits = |tier: &&Tier| {
+        tier.name().split_once('-').is_some_and(|(kind, _)| kind == asked)
+            || asked.is_empty()
+            || tier.name() == asked
+    };
+    available_tiers().iter().rfind(fits).copied().ok_or(NoSuchTier { asked })
+}
+
+/// The environment asks for a tier that this machine does not have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NoSuchTier {
+    asked: String,
+}
+
+impl fmt::Display for NoSuchTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = available_tiers().iter().map(|tier| tier.name()).collect();
+        let (asked, names) = (&self.asked, names.join(", "));
+        write!(f, "STABLEIO_ONEPASS={asked}: this machine has no such tier; it has {names}")
+    }
+}
+
+impl std::error::Error for NoSuchTier {}
 
 /// The tiers that this machine can run, slowest first.
 pub fn available_tiers() -> &'static [Tier] {

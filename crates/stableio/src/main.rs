@@ -343,7 +343,12 @@ fn main() -> ExitCode {
     // A reader that goes away (`| head`) ends the command quietly.
     // SAFETY: sets a disposition before any thread runs.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if let Err(error) = stableio_onepass::asked_tier() {
+        eprintln!("stableio: {error}");
+        return ExitCode::FAILURE;
+    }
+    let result = match command {
         Command::Create(args) => create::run(args),
         Command::Serve(args) => serve::run(args),
         Command::List(args) => show::list(&args.dirs, args.json),

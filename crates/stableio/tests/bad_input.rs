@@ -148,6 +148,19 @@ fn assert_same(before: &BTreeMap<PathBuf, String>, after: &BTreeMap<PathBuf, Str
 // ---- members that do not make an array ----
 
 #[test]
+fn a_tier_that_is_not_there_is_refused() -> io::Result<()> {
+    let command = std::process::Command::new(env!("CARGO_BIN_EXE_stableio"))
+        .args(["list", "."])
+        .env("STABLEIO_ONEPASS", "avx3")
+        .output()?;
+    let said = String::from_utf8_lossy(&command.stderr);
+    assert_eq!(command.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("stableio: STABLEIO_ONEPASS=avx3: "), "{said}");
+    assert!(said.contains("portable") && said.lines().count() == 1, "{said}");
+    Ok(())
+}
+
+#[test]
 fn members_must_be_there_and_be_enough() -> io::Result<()> {
     let place = Place::new()?;
     let [a0, a1, a2] = place.array("a")?;
