@@ -81,17 +81,19 @@ impl Engine {
         member.wake();
         let health = &self.health.members[role];
         health.take_over();
-        self.save(|superblock| {
+        let saved = self.save(|superblock| {
             let entry = &mut superblock.roles[role];
             *entry = crate::superblock::RoleEntry::in_sync(next.id);
-        })
-        .await?;
+        });
+        let saved = saved.await;
         // Not before that is recorded: who is told may take the others away.
-        if member.alive.get() {
+        if saved.is_ok() && member.alive.get() {
             health.in_sync.store(true, Ordering::Relaxed);
             self.health.event(format!("member {} is filled and in sync", health.name()));
         }
-        Ok(())
+        // Last: who waits for the end looks then at what has become of it.
+        health.set_next(None);
+        saved
     }
 
     async fn fill_zones(&self, role: usize, zones: Range<u64>) -> Result<(), Kind> {

@@ -202,7 +202,7 @@ impl MemberHealth {
 
     /// The one that was filled is the member from now on.
     pub(crate) fn take_over(&self) {
-        if let Some(name) = lock(&self.next).take() {
+        if let Some(name) = self.next() {
             *lock(&self.name) = name;
         }
         for counter in [&self.read_errors, &self.write_errors, &self.mismatches] {

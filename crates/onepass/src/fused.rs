@@ -357,8 +357,8 @@ pub(crate) unsafe fn put<T: Vectors, const LANES: usize>(
 ///
 /// # Safety
 ///
-/// There is a column. Every one has `len` bytes, a number of times 2 * [`Vectors::BYTES`]; P and Q are valid for
-/// writes of as many. The machine has the instruction set.
+/// There is a column. Every one has `len` bytes, a number of times 2 * [`Vectors::BYTES`]; P and Q
+/// are valid for writes of as many. The machine has the instruction set.
 #[inline(always)]
 pub(crate) unsafe fn parities<T: Vectors>(columns: &[&[u8]], p: *mut u8, q: *mut u8, len: usize) {
     let Some((last, others)) = columns.split_last() else { return };

@@ -62,8 +62,8 @@ const TURN: usize = 4096;
 /// Makes one or two missing members of full rows from the others, and verifies all of them in the
 /// same pass, as far as their guards are known.
 ///
-/// `survivors` are all the other members, in any order; data that is zeros may be left out. If only one member is missing, the parity
-/// that is not needed may be left out.
+/// `survivors` are all the other members, in any order; data that is zeros may be left out. If only
+/// one member is missing, the parity that is not needed may be left out.
 ///
 /// # Errors
 ///
