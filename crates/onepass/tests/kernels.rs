@@ -2,12 +2,10 @@
 
 mod support;
 
-use onepass::{
-    BLOCK, Format, Kernels, Parities, Parity, Pass, Tier, available_tiers, guard, guard_of_xor,
-};
+use onepass::{BLOCK, Format, Kernels, Parities, Pass, Tier, available_tiers, guard, guard_of_xor};
 use proptest::prelude::*;
 use stableio_onepass as onepass;
-use support::{sample, stabilize};
+use support::{Mode, any_mode, naive_mul, noise, sample, stabilize};
 
 /// The CRC as the specification defines it: bit by bit.
 fn naive_guard(bytes: &[u8]) -> u64 {
@@ -15,54 +13,6 @@ fn naive_guard(bytes: &[u8]) -> u64 {
     !bytes.iter().fold(u64::MAX, |crc, byte| {
         (0..8).fold(crc ^ u64::from(*byte), |crc, _| (crc >> 1) ^ (polynomial * (crc & 1)))
     })
-}
-
-/// `a * b` in GF(2^8) as it is defined: the product of polynomials, and its remainder.
-fn naive_mul(a: u8, b: u8) -> u8 {
-    let product = (0..8).filter(|bit| b >> bit & 1 == 1).fold(0, |p, bit| p ^ u16::from(a) << bit);
-    let rest = (8..15).rev().fold(product, |rest, bit| {
-        if rest >> bit & 1 == 1 { rest ^ 0x11d << (bit - 8) } else { rest }
-    });
-    rest as u8
-}
-
-/// Bytes without a pattern, different for each seed (the generator is splitmix64).
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed;
-    let mut word = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ mixed >> 31).to_le_bytes()
-    };
-    std::iter::repeat_with(&mut word).flatten().take(len).collect()
-}
-
-/// The parity modes.
-#[derive(Debug, Clone, Copy)]
-enum Mode {
-    None,
-    Set,
-    Xor,
-}
-
-impl Mode {
-    fn of(self, parity: &mut [u8]) -> Parity {
-        match self {
-            Mode::None => Parity::None,
-            Mode::Set => Parity::Set(parity.as_mut_ptr()),
-            Mode::Xor => Parity::Xor(parity.as_mut_ptr()),
-        }
-    }
-
-    /// What parity must be after taking up `data`.
-    fn expected(self, before: &[u8], data: &[u8]) -> Vec<u8> {
-        match self {
-            Mode::None => before.to_vec(),
-            Mode::Set => data.to_vec(),
-            Mode::Xor => before.iter().zip(data).map(|(p, d)| p ^ d).collect(),
-        }
-    }
 }
 
 /// What the kernels are to do with P and Q, and the oracle of it.
@@ -75,7 +25,10 @@ struct Wanted {
 
 impl Wanted {
     fn parities(&mut self) -> Parities {
-        let (p, q) = (self.p.0.of(self.p.1.content()), self.q.0.of(self.q.1.content()));
+        let (p, q) = (
+            self.p.0.of(self.p.1.content().as_mut_ptr()),
+            self.q.0.of(self.q.1.content().as_mut_ptr()),
+        );
         Parities { p, q, coefficient: self.coefficient }
     }
 
@@ -86,10 +39,6 @@ impl Wanted {
             after.1.check(&after.0.expected(before.1.read(), data));
         }
     }
-}
-
-fn any_mode() -> impl Strategy<Value = Mode> {
-    prop_oneof![Just(Mode::None), Just(Mode::Set), Just(Mode::Xor)]
 }
 
 /// Bytes around each destination that must stay as they are.
@@ -226,8 +175,8 @@ proptest! {
                 for (k, data) in data.iter().enumerate() {
                     let mode = if k == 0 { Mode::Set } else { Mode::Xor };
                     let parities = Parities {
-                        p: mode.of(our_p.content()),
-                        q: mode.of(our_q.content()),
+                        p: mode.of(our_p.content().as_mut_ptr()),
+                        q: mode.of(our_q.content().as_mut_ptr()),
                         coefficient: onepass::gf::exp(k),
                     };
                     let mut src = Destination::with(offset, data);

@@ -3,9 +3,7 @@
 
 mod support;
 
-use onepass::{
-    Column, Cursor, Fault, Format, Guard, Interval, Parities, Parity, Pass, RowParity, Segment,
-};
+use onepass::{Column, Cursor, Fault, Format, Guard, Interval, Parities, Pass, RowParity, Segment};
 use proptest::prelude::*;
 use stableio_onepass as onepass;
 use support::*;
@@ -24,40 +22,6 @@ fn published_vectors() {
     let up: Vec<u8> = (0..32).collect();
     assert_eq!(Guard::Crc32c.of(&up), 0x46dd_794e);
     assert_eq!(Guard::Crc16T10Dif.of(&[0; 512]), 0);
-}
-
-/// Parity as it is to be taken up, and where.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Mode {
-    None,
-    Set,
-    Xor,
-}
-
-impl Mode {
-    fn of(self, to: &Fenced) -> Parity {
-        match self {
-            Mode::None => Parity::None,
-            Mode::Set => Parity::Set(to.ptr()),
-            Mode::Xor => Parity::Xor(to.ptr()),
-        }
-    }
-
-    fn expected(self, before: &[u8], change: &[u8]) -> Vec<u8> {
-        match self {
-            Mode::None => before.to_vec(),
-            Mode::Set => change.to_vec(),
-            Mode::Xor => xor(before, change),
-        }
-    }
-}
-
-fn any_mode() -> impl Strategy<Value = Mode> {
-    prop::sample::select(vec![Mode::None, Mode::Set, Mode::Xor])
-}
-
-fn xor(a: &[u8], b: &[u8]) -> Vec<u8> {
-    a.iter().zip(b).map(|(a, b)| a ^ b).collect()
 }
 
 fn times(c: u8, data: &[u8]) -> Vec<u8> {
@@ -107,7 +71,7 @@ proptest! {
                     copy: is_copy.then_some(copy.ptr()),
                     streams,
                     old: is_delta.then_some(was.ptr().cast_const()),
-                    parities: Parities { p: p_mode.of(&p), q: q_mode.of(&q), coefficient: c },
+                    parities: Parities { p: p_mode.of(p.ptr()), q: q_mode.of(q.ptr()), coefficient: c },
                 };
                 let mut pieces = scatter(&data, &cuts);
                 if is_foreign {

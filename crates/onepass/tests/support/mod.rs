@@ -6,7 +6,8 @@ use std::ptr;
 
 use proptest::prelude::*;
 use stableio_onepass::{
-    BLOCK, Fault, Format, Guard, Interval, Kernels, Parities, Pass, Segment, Tier, available_tiers,
+    BLOCK, Fault, Format, Guard, Interval, Kernels, Parities, Parity, Pass, Segment, Tier,
+    available_tiers,
 };
 
 /// The CRCs as their specifications define them: bit by bit.
@@ -65,6 +66,41 @@ pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
         (mixed ^ mixed >> 31).to_le_bytes()
     };
     std::iter::repeat_with(&mut word).flatten().take(len).collect()
+}
+
+/// The parity modes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Mode {
+    None,
+    Set,
+    Xor,
+}
+
+impl Mode {
+    pub(crate) fn of(self, parity: *mut u8) -> Parity {
+        match self {
+            Mode::None => Parity::None,
+            Mode::Set => Parity::Set(parity),
+            Mode::Xor => Parity::Xor(parity),
+        }
+    }
+
+    /// What parity must be after taking up `change`.
+    pub(crate) fn expected(self, before: &[u8], change: &[u8]) -> Vec<u8> {
+        match self {
+            Mode::None => before.to_vec(),
+            Mode::Set => change.to_vec(),
+            Mode::Xor => xor(before, change),
+        }
+    }
+}
+
+pub(crate) fn any_mode() -> impl Strategy<Value = Mode> {
+    prop::sample::select(vec![Mode::None, Mode::Set, Mode::Xor])
+}
+
+pub(crate) fn xor(a: &[u8], b: &[u8]) -> Vec<u8> {
+    a.iter().zip(b).map(|(a, b)| a ^ b).collect()
 }
 
 /// Where bytes lie between two pages that are not there.
