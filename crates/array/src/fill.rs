@@ -191,7 +191,6 @@ impl Engine {
         for (stripe, rows) in g.row_runs(window.rows.clone()) {
             let set = self.page(stripe, rows.start).await?;
             for row in rows {
-                out.zero(at..at + BLOCK);
                 if !self.fill_at_once(&set, role, (stripe, row), window, at, &mut out) {
                     self.fill_one(&set, role, (stripe, row), at, &mut out, work).await;
                 }
@@ -202,7 +201,8 @@ impl Engine {
     }
 
     /// A role's block of a row from the window alone, if all that it takes is
-    /// there and fits; says whether.
+    /// there and fits; says whether. Else it is zeros: nothing is known of it
+    /// yet.
     fn fill_at_once(
         &self,
         set: &PageSet,
@@ -215,15 +215,17 @@ impl Engine {
         let g = &self.geometry;
         let own = g.role(stripe, role);
         let tuple = |column| set.tuple(Place { stripe, row, column });
-        let Some(parity) = set.parity_tuple(stripe, row) else { return true };
-        let want = match own {
-            Role::Data(column) if tuple(column).state != State::Written => return true,
-            Role::Data(column) => tuple(column),
-            Role::P => parity,
-            Role::Q => tuple(g.columns()),
+        let parity = set.parity_tuple(stripe, row);
+        let want = match (own, parity) {
+            (Role::Data(column), Some(_)) => tuple(column),
+            (Role::P, Some(parity)) => parity,
+            (Role::Q, Some(_)) => tuple(g.columns()),
+            (_, None) => Tuple::UNWRITTEN,
         };
         if want.state != State::Written {
-            return false;
+            out.zero(at..at + BLOCK);
+            // A block that nobody wrote is zeros; so is data that is lost.
+            return parity.is_none() || matches!(own, Role::Data(_));
         }
         let number = g.row_number(stripe, row);
         let fits = if window.came[role] || g.level.parities() == 0 {
@@ -236,12 +238,10 @@ impl Engine {
         } else {
             self.make_from_others(set, own, (stripe, row), window, block_mut(out, at))
         };
-        if fits {
-            return true;
+        if !fits {
+            out.zero(at..at + BLOCK);
         }
-        // Nothing is known of this block yet.
-        out.zero(at..at + BLOCK);
-        false
+        fits
     }
 
     /// A role's block of a row, made of the others that came, if these are
@@ -293,8 +293,15 @@ impl Engine {
         if wanted > 0 {
             return false;
         }
-        let mut aside = [0; BLOCK];
-        let (mut out, mut aside) = (Some(out), Some(&mut aside[..]));
+        let mut room;
+        let mut aside = match gone.len() {
+            0 | 1 => None,
+            _ => {
+                room = [0; BLOCK];
+                Some(&mut room[..])
+            }
+        };
+        let mut out = Some(out);
         let mut missing: SmallVec<[Missing<'_>; 2]> = SmallVec::new();
         for (member, expected) in gone {
             let place = if member == own { out.take() } else { aside.take() };
